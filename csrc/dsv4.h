@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The public C API: model, session, step.
+ *
+ * A model is loaded once, immutable, and shared freely between threads and sessions.  A session is one timeline: token
+ * ids and the KV state that belongs to them.  A step is one forward pass over segments, any mix of prompt chunks and
+ * single tokens of any number of sessions; decode, prefill and batching are all this one call.  What a row computes
+ * does not depend on its neighbours, on the chunking, on the number of threads or on the instruction set.
+ *
+ * Nothing here prints, exits, installs handlers or knows Python.  Every function that can fail returns a status
+ * (core/status.h) and leaves its objects as they were.
+ */
+#ifndef DSV4_H
+#define DSV4_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/status.h"
+#include "gen/sampler.h"
+
+typedef struct dsv4_model dsv4_model;
+typedef struct dsv4_session dsv4_session;
+typedef struct dsv4_run dsv4_run;
+
+/* ------------------------------------------------------------------------------------------------------------ model */
+
+/* Every number of config.json that the engine needs (SPEC 1.1), already validated by the reader, checked again here. */
+struct dsv4_config {
+    int32_t vocab_size, hidden_size, num_hidden_layers, num_attention_heads, head_dim, qk_rope_head_dim;
+    int32_t q_lora_rank, o_groups, o_lora_rank, moe_intermediate_size, n_routed_experts, num_experts_per_tok;
+    int32_t num_hash_layers, sliding_window, index_n_heads, index_head_dim, index_topk;
+    int32_t hc_mult, hc_sinkhorn_iters, max_position_embeddings;
+    double rope_theta, compress_rope_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
+    int32_t yarn_original_positions;
+    float rms_norm_eps, hc_eps, routed_scaling_factor, swiglu_limit;
+    const int32_t *compress_ratios; /* [num_hidden_layers]; 0, 4 (overlapping, with indexer), or another ratio >= 2 */
+};
+
+enum dsv4_dtype {
+    DSV4_I64, DSV4_I32, DSV4_F32, DSV4_F16, DSV4_BF16, DSV4_F8_E4M3, DSV4_F8_E8M0, DSV4_FP4 /* two a byte, I8 or U8 */
+};
+
+struct dsv4_shard_desc {
+    const char *path; /* for messages only */
+    int fd;           /* open for reading; borrowed during dsv4_model_create */
+    uint64_t size;    /* as seen when its header was checked */
+};
+
+struct dsv4_tensor_desc {
+    const char *name; /* official name, SPEC 6.2 */
+    int32_t dtype;    /* enum dsv4_dtype */
+    int32_t rank;
+    int64_t shape[4]; /* logical: an FP4 [rows][cols] says cols, not cols / 2 */
+    int32_t shard;
+    uint64_t offset;  /* absolute in the file */
+    uint64_t nbytes;
+};
+
+enum dsv4_numerics { DSV4_OFFICIAL = 0, DSV4_WEIGHTS = 1 }; /* WEIGHTS: linear inputs are not rounded to FP8 */
+
+struct dsv4_options {
+    int32_t numerics;               /* enum dsv4_numerics */
+    int32_t april_kv;               /* 1: KV rows are not rounded to FP8 (SPEC 3.4, official bug) */
+    int32_t april_shared;           /* 1: the shared expert is not clamped (SPEC 4.3) */
+    int32_t n_thread;               /* 0: one per processor this process may run on */
+    int32_t chunk_tok;              /* tokens per pass; 0: default */
+    int32_t use_mmap;               /* 0: read into owned memory */
+    const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
+    void (*progress)(void *arg, uint64_t done, uint64_t total); /* bytes scanned, from the calling thread; or NULL */
+    void *progress_arg;
+};
+
+/*
+ * Maps the shards (weights are used where they lie), binds every tensor of the main model by name and checks dtype and
+ * shape, scans scales, norms and other small tensors for NaN.  DSV4_E_FORMAT names the tensor.
+ */
+dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config, const struct dsv4_shard_desc *shards,
+                              int32_t n_shard, const struct dsv4_tensor_desc *tensors, int32_t n_tensor,
+                              const struct dsv4_options *options, dsv4_error *err);
+
+/* Sessions hold a reference: the weights go when the last of them is destroyed.  NULL is legal. */
+void dsv4_model_destroy(dsv4_model *model);
+
+const struct dsv4_config *dsv4_model_config(const dsv4_model *model);
+int32_t dsv4_model_threads(const dsv4_model *model);
+int32_t dsv4_model_chunk(const dsv4_model *model);
+
+/* op and variant name of entry i of the kernel table, i in [0, dsv4_kernel_count()). */
+int32_t dsv4_kernel_count(void);
+void dsv4_model_kernel(const dsv4_model *model, int32_t i, const char **op, const char **variant);
+
+/* Pointer, size and scale of one tensor as mapped, by official name; the pointer lives as long as the model. */
+dsv4_status dsv4_model_tensor(const dsv4_model *model, const char *name, const void **data, uint64_t *nbytes,
+                              dsv4_error *err);
+
+/* ---------------------------------------------------------------------------------------------------------- session */
+
+dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, dsv4_error *err);
+void dsv4_session_destroy(dsv4_session *session); /* NULL is legal; waits for a running step */
+int32_t dsv4_session_position(dsv4_session *session); /* tokens so far */
+/* Copies tokens [first, first + n) to out; the range must lie within the position. */
+dsv4_status dsv4_session_tokens(dsv4_session *session, int32_t *out, int32_t first, int32_t n, dsv4_error *err);
+/* Bytes this session holds now: the fixed state (window, compressors) and the grown rows. */
+void dsv4_session_bytes(dsv4_session *session, uint64_t *fixed, uint64_t *grown);
+
+enum dsv4_rows { DSV4_ROWS_WINDOW = 0, DSV4_ROWS_COMPRESSED = 1, DSV4_ROWS_INDEX = 2 };
+
+/*
+ * Decodes rows [first, first + n) of one layer to bf16: WINDOW by token position (only the last sliding_window ones
+ * exist) and COMPRESSED by entry, [n][head_dim]; INDEX by entry, [n][index_head_dim].
+ */
+dsv4_status dsv4_session_rows(dsv4_session *session, int32_t layer, int32_t kind, uint16_t *out, int32_t first,
+                              int32_t n, dsv4_error *err);
+
+/* ------------------------------------------------------------------------------------------------------------- step */
+
+enum dsv4_logits { DSV4_LOGITS_NONE = 0, DSV4_LOGITS_LAST = 1, DSV4_LOGITS_ALL = 2 };
+
+/*
+ * ids are appended to the session.  logits receives [vocab] (LAST) or [n][vocab] (ALL) f32, or is NULL with NONE.  A
+ * sampler, if given, samples the token that follows the last row (logits may still be NONE); it is not appended.
+ */
+struct dsv4_segment {
+    dsv4_session *session;
+    const int32_t *ids;
+    float *logits;
+    dsv4_sampler *sampler;      /* or NULL */
+    struct dsv4_sample *sample; /* result of the sampler */
+    int32_t n;
+    int32_t want; /* enum dsv4_logits */
+};
+
+/*
+ * Copies of one layer's internals during a step, for tests and research: every pointer may be NULL, row i belongs to
+ * token i in the order of the segments.
+ */
+struct dsv4_probe {
+    int32_t layer;
+    uint16_t *streams;       /* [n][hc_mult][hidden_size] bf16, after the layer */
+    uint16_t *attention;     /* [n][hidden_size] bf16, output of the attention site before it is spread */
+    uint16_t *ffn;           /* [n][hidden_size] bf16, output of the MoE site */
+    int32_t *experts;        /* [n][num_experts_per_tok] */
+    float *expert_weights;   /* [n][num_experts_per_tok] */
+    int32_t *index_selected; /* [n][index_topk] ascending, padded with -1 */
+};
+
+/*
+ * Starts a step and returns at once; the segments, what they point to and the probe (may be NULL) must live until
+ * dsv4_run_finish.  Waits for a step of another thread on the same model, in order of arrival.  A session may occur in
+ * one segment only.  Atomic: a step that fails or is cancelled leaves every session as it was.  Long segments are cut
+ * into passes of at most dsv4_model_chunk() tokens.
+ *
+ *     DSV4_TRY(dsv4_step_start(&run, model, segments, n, NULL, err));
+ *     while (dsv4_run_wait(run, 50))
+ *         if (interrupted) dsv4_run_cancel(run);
+ *     status = dsv4_run_finish(run, err);
+ */
+dsv4_status dsv4_step_start(dsv4_run **out, dsv4_model *model, struct dsv4_segment *segments, int32_t n_segment,
+                            const struct dsv4_probe *probe, dsv4_error *err);
+
+/*
+ * Starts one whole layer alone, from position 0 with a state of its own: streams_in [n][hc_mult][hidden_size] bf16 ->
+ * streams_out likewise; token_ids [n] are used by hash layers.  The same code as inside a step.
+ */
+dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *model, int32_t layer, uint16_t *streams_out,
+                             const uint16_t *streams_in, const int32_t *token_ids, int32_t n,
+                             const struct dsv4_probe *probe, dsv4_error *err);
+
+int dsv4_run_wait(dsv4_run *run, int milliseconds); /* 1: still running after that time; 0: done */
+void dsv4_run_cancel(dsv4_run *run);                /* tiles poll it: the run ends within about a tile's time */
+/* Tokens whose last layer is done, for a progress display; any thread. */
+int64_t dsv4_run_progress(const dsv4_run *run);
+dsv4_status dsv4_run_finish(dsv4_run *run, dsv4_error *err); /* waits, releases, frees the run */
+
+#endif
