@@ -162,10 +162,12 @@ typedef void dsv4k_hc_post_fn(const struct dsv4_hc_post_args *a);
  *   S[j] = scale * chain, chain over dimension pairs ascending: + q[2i+1]*k[2i+1], then + q[2i]*k[2i] (operands by
  *          rule 2, products exact); masked: P = 0
  *   m' = max(m, max_j S);  P[j] = exp(S[j] - m');  c = exp(m - m')   (m starts at -infinity: c = 0)
- *   l = l * c + dot(P, ones)  (64 unrounded P, rule 1; product, then add)
- *   acc[d] = acc[d] * c, then by pairs of ranks: + bf16(P[2i+1]) * k[2i+1][d], then + bf16(P[2i]) * k[2i][d], masked
- *          and missing ranks adding +0 (bf16(P) and the key values are operands by rule 2)
- * At the end l = l + exp(sink - m); out[d] = bf16(acc[d] / l).
+ *   l = l * c + dot(P, ones)  (64 unrounded P, rule 1 without rule 2; product, then add)
+ *   acc[d] = acc[d] * c, magnitudes below 2^-95 becoming +0 (every sum is then a multiple of 2^-124, none subnormal),
+ *          then by pairs of ranks: + bf16(P[2i+1]) * k[2i+1][d], then + bf16(P[2i]) * k[2i][d], masked and missing ranks
+ *          adding +0 (bf16(P) and the key values are operands by rule 2)
+ * At the end l = l + exp(sink - m); out[d] = bf16(acc[d] / l), any NaN as 0x7fc0.  A NaN or infinite score makes its
+ * head NaN.  No key at all and a finite sink: +0.  d_head is even.
  */
 struct dsv4_attention_args {
     dsv4_bf16 *out;             /* [n_head][d_head] */
@@ -204,7 +206,7 @@ typedef void dsv4k_pool_fn(const struct dsv4_pool_args *a);
  * acc = 0; for the blocks of 32 ascending acc = fmaf(f32(sum of (2q)(2k), an exact integer), 2^e, acc) with
  * e = clamp(eq + ek - 2, -126, 127), eq and ek the unbiased exponents; a scale byte 255 makes the score NaN;
  * t = bf16(acc); t = t > 0 ? t : (t is NaN ? NaN : 0); t = bf16(w * t), w = bf16(head_w * w_scale); heads ascending,
- * plain adds from +0; then bf16.
+ * plain adds from +0; then bf16, any NaN as 0x7fc0.
  */
 struct dsv4_index_scores_args {
     float *scores;
@@ -218,8 +220,8 @@ struct dsv4_index_scores_args {
 #define DSV4_INDEX_SCRATCH(n_head, d_index) ((size_t)64 * ((size_t)(n_head) + 64) * ((size_t)(d_index) / 32 * 9 + 8))
 typedef void dsv4k_index_scores_fn(const struct dsv4_index_scores_args *a);
 
-/* The k best of n scores (higher first, then lower id; NaN counts as -infinity), their ids written ascending; returns
- * min(k, n).  scratch: 4 * n + 16384 bytes. */
+/* The k best of n scores (higher first, then lower id; NaN counts as -infinity, -0 as +0), their ids written ascending;
+ * returns min(k, n).  scratch: 4 * n + 16384 bytes, 64-byte aligned. */
 typedef int32_t dsv4k_top_k_fn(int32_t *ids, const float *scores, int32_t n, int32_t k, void *scratch);
 
 /* ------------------------------------------------------------------------------------------------------ MoE, SPEC 4 */
