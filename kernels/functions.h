@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * exp, exp2, log, log1p, sigmoid, softplus, pow, sin and cos: the only functions in a value path, the same operations
- * in the same order on every machine.  Each is a fixed sequence of IEEE additions, multiplications, divisions and fused
- * multiply-adds, so a vector twin (cpu/<isa>/functions_<isa>.h) gives the same bits lane by lane.  Nothing here
- * calls libm beyond fmaf and fma, which are the IEEE operations.
+ * exp, exp2, log, log1p, sigmoid, softplus, pow, sin and cos: the only functions in a value path,
+ * the same operations in the same order on every machine.  Each is a fixed sequence of IEEE
+ * additions, multiplications, divisions and fused multiply-adds, so a vector twin
+ * (cpu/<isa>/functions_<isa>.h) gives the same bits lane by lane.  Nothing here calls libm beyond
+ * fmaf and fma, which are the IEEE operations.
  *
- * Common rules: a NaN in gives the NaN 0x7fc00000 out; results of exp and exp2 below 2^-126 are zero by definition.
- * Largest errors found over all floats are stated at each function, in units of the last place.  Source: DESIGN
- * section 4 rule 7; the f32 polynomials are minimax fits in relative error, the double ones Taylor series.
+ * Common rules: a NaN in gives the NaN 0x7fc00000 out; results of exp and exp2 below 2^-126 are
+ * zero by definition. Largest errors found over all floats are stated at each function, in units of
+ * the last place.  Source: DESIGN section 4 rule 7; the f32 polynomials are minimax fits in
+ * relative error, the double ones Taylor series.
  */
 #ifndef DSV4_FUNCTIONS_H
 #define DSV4_FUNCTIONS_H
@@ -19,7 +21,8 @@
 #define DSV4_NAN_BITS 0x7fc00000u
 #define DSV4_INF_BITS 0x7f800000u
 
-/* 1.5 * 2^23: added to |t| < 2^22 it leaves the nearest integer (ties to even) in the low bits of the sum. */
+/* 1.5 * 2^23: added to |t| < 2^22 it leaves the nearest integer (ties to even) in the low bits of
+ * the sum. */
 #define DSV4_ROUND_F32 0x1.8p23f
 #define DSV4_ROUND_F64 0x1.8p52
 
@@ -79,7 +82,8 @@ DSV4_INLINE float dsv4_expf(float x) {
     p = fmaf(p, r, DSV4_EXP_C0);
     p = fmaf(p, r, 1.0f);
     p = fmaf(p, r, 1.0f);
-    /* 0.7 < p < 1.5 and the result is a normal number, so n goes straight into the exponent (n = 128 with p < 1). */
+    /* 0.7 < p < 1.5 and the result is a normal number, so n goes straight into the exponent (n =
+     * 128 with p < 1). */
     return dsv4_f32_from_bits(dsv4_f32_bits(p) + (dsv4_f32_bits(t) << 23));
 }
 
@@ -116,12 +120,14 @@ DSV4_INLINE float dsv4_log_join(float k, float f) {
     return fmaf(k, DSV4_LN2, fmaf(f * f, p, f));
 }
 
-/* The multiple of 2^23 that takes the bits of a positive normal float into [0.75, 1.5) when subtracted. */
+/* The multiple of 2^23 that takes the bits of a positive normal float into [0.75, 1.5) when
+ * subtracted. */
 DSV4_INLINE uint32_t dsv4_log_exponent(float x) {
     return (dsv4_f32_bits(x) - 0x3f400000u) & 0xff800000u;
 }
 
-/* Natural logarithm, 0.91 ulp; log(+-0) = -infinity, negative: NaN.  Subnormal arguments count in full. */
+/* Natural logarithm, 0.91 ulp; log(+-0) = -infinity, negative: NaN.  Subnormal arguments count in
+ * full. */
 DSV4_INLINE float dsv4_logf(float x) {
     float k = 0.0f;
     if (!(x >= 0.0f))
@@ -139,10 +145,12 @@ DSV4_INLINE float dsv4_logf(float x) {
     return dsv4_log_join(k, dsv4_f32_from_bits(dsv4_f32_bits(x) - e) - 1.0f);
 }
 
-/* log(1 + x) for finite x > -1: x and 1 are scaled by the 2^-k that 1 + x asks for, so no digit of x is lost. */
+/* log(1 + x) for finite x > -1: x and 1 are scaled by the 2^-k that 1 + x asks for, so no digit of
+ * x is lost. */
 DSV4_INLINE float dsv4_log1p_core(float x) {
     uint32_t e = dsv4_log_exponent(1.0f + x);
-    float quarter = dsv4_f32_from_bits(0x40800000u - e); /* 4 * 2^-k: 2^-k alone could be subnormal */
+    float quarter =
+        dsv4_f32_from_bits(0x40800000u - e); /* 4 * 2^-k: 2^-k alone could be subnormal */
     float f = dsv4_f32_from_bits(dsv4_f32_bits(x) - e) + fmaf(0.25f, quarter, -1.0f);
     return dsv4_log_join((float)((int32_t)e / 0x800000), f);
 }
@@ -212,10 +220,12 @@ DSV4_INLINE double dsv4_log(double x) {
         x *= 0x1p52;
         k = -52.0;
     }
-    uint64_t e = (dsv4_f64_bits(x) - 0x3fe6a09e667f3bcdu) & 0xfff0000000000000u; /* m in [sqrt(1/2), sqrt(2)) */
+    uint64_t e = (dsv4_f64_bits(x) - 0x3fe6a09e667f3bcdu) &
+                 0xfff0000000000000u; /* m in [sqrt(1/2), sqrt(2)) */
     k += (double)((int64_t)e / 0x10000000000000);
     double f = dsv4_f64_from_bits(dsv4_f64_bits(x) - e) - 1.0;
-    double s = f / (2.0 + f), z = s * s; /* log(1 + f) = 2 atanh(s) = 2 s (1 + z/3 + z^2/5 + ...), z < 0.03 */
+    double s = f / (2.0 + f),
+           z = s * s; /* log(1 + f) = 2 atanh(s) = 2 s (1 + z/3 + z^2/5 + ...), z < 0.03 */
     double p = 2.0 / 23.0;
     p = fma(p, z, 2.0 / 21.0);
     p = fma(p, z, 2.0 / 19.0);
@@ -231,14 +241,16 @@ DSV4_INLINE double dsv4_log(double x) {
     return fma(k, 0x1.62e42fefa39efp-1, small);
 }
 
-/* x^y for x > 0 (NaN otherwise), in double; relative error about 2^-52 * (2 + |y ln x|): for rope frequencies. */
+/* x^y for x > 0 (NaN otherwise), in double; relative error about 2^-52 * (2 + |y ln x|): for rope
+ * frequencies. */
 DSV4_INLINE double dsv4_pow(double x, double y) {
     return dsv4_exp(y * dsv4_log(x));
 }
 
 /*
- * Sine and cosine of an f32 angle, evaluated in double and rounded once; correct for |theta| < 2^30.  The angle minus
- * n * pi/2 is fused, so the reduction keeps 53 bits; the second part of pi/2 keeps them right for large n.
+ * Sine and cosine of an f32 angle, evaluated in double and rounded once; correct for |theta| <
+ * 2^30.  The angle minus n * pi/2 is fused, so the reduction keeps 53 bits; the second part of pi/2
+ * keeps them right for large n.
  */
 DSV4_INLINE void dsv4_sincosf(float theta, float *sine, float *cosine) {
     double x = (double)theta;
@@ -248,7 +260,8 @@ DSV4_INLINE void dsv4_sincosf(float theta, float *sine, float *cosine) {
     }
     double t = fma(x, 0x1.45f306dc9c883p-1, DSV4_ROUND_F64), n = t - DSV4_ROUND_F64;
     double r = fma(-n, 0x1.1a62633145c07p-54, fma(-n, 0x1.921fb54442d18p0, x)), z = r * r;
-    double s = -1.0 / 1307674368000.0, c = 1.0 / 20922789888000.0; /* Taylor to r^15 and r^16: below 2^-46 */
+    double s = -1.0 / 1307674368000.0,
+           c = 1.0 / 20922789888000.0; /* Taylor to r^15 and r^16: below 2^-46 */
     s = fma(s, z, 1.0 / 6227020800.0);
     s = fma(s, z, -1.0 / 39916800.0);
     s = fma(s, z, 1.0 / 362880.0);

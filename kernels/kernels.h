@@ -20,6 +20,7 @@
  *  6. Other sums: by index ascending, plain adds, unless their contract says fused.
  *  7. Functions: functions.h; sqrt and division are IEEE.  No libm in any value path (fmaf is the IEEE operation).
  * No kernel sets flush-to-zero or another rounding mode.
+ * Where a result is NaN, its sign and payload are not defined, unless the contract names the value.
  *
  * Names: n_tok tokens, d_model hidden size, n_head heads, d_head head size, d_rope rotary part, n_exp experts, K the
  * reduced dimension, ld_* strides in elements.  Source of the formulas: SPEC, section given at each entry.
@@ -80,7 +81,8 @@ typedef void dsv4k_linear_fn(const struct dsv4_linear_args *a);
 /*
  * One row of n bf16 values -> what its FP8 codes stand for, as bf16 (exact): per 128 elements (the last group may be
  * shorter) amax = max(|x|, 1e-4), scale = 2^ceil(log2(amax * (1/448))), code = e4m3(clamp(x / scale)).  codes [n] and
- * scales [ceil(n/128)] may be NULL.  A group with a NaN or infinity gives scale 255, codes 0x7f, values 0x7fc0.
+ * scales [ceil(n/128)] may be NULL.  A group with a NaN or infinity gives scale 255, codes 0x7f, values 0x7fc0.  A value
+ * that rounds up past the largest bf16 (|x| above 0x7f77) becomes infinity.
  */
 typedef void dsv4k_act_quant_fn(dsv4_bf16 *out, uint8_t *codes, uint8_t *scales, const dsv4_bf16 *x, int32_t n);
 
@@ -99,7 +101,8 @@ typedef void dsv4k_kv_load_fn(dsv4_bf16 *x, const uint8_t *row, enum dsv4_kv_for
  * then one multiplication.  SPEC 3.6. */
 typedef void dsv4k_hadamard_fn(dsv4_bf16 *x, int32_t n);
 
-/* One index row (types.h) from n bf16 values: "fp4_sim_32" of SPEC 3.6; non-finite group: scale 255.  And back. */
+/* One index row (types.h) from n bf16 values: "fp4_sim_32" of SPEC 3.6; a group with a NaN or infinity gives scale 255 and
+ * codes 0.  And back: scale 255 gives 0x7fc0 for the group. */
 typedef void dsv4k_index_store_fn(uint8_t *row, const dsv4_bf16 *x, int32_t n);
 typedef void dsv4k_index_load_fn(dsv4_bf16 *x, const uint8_t *row, int32_t n);
 
@@ -229,12 +232,12 @@ typedef int32_t dsv4k_top_k_fn(int32_t *ids, const float *scores, int32_t n, int
 /*
  * s[e] = sqrt(softplus(logits[e])) (softplus(z) = log1p(exp(z)), z above 20); ids = top_k of s + bias in descending
  * order (ties: lower id; NaN lowest), or `forced` as given; weights[j] = s[ids[j]] / sum_j s[ids[j]] * route_scale, the
- * sum in the order of ids.  scores (may be NULL) receives s.
+ * sum in the order of ids.  scores receives s.
  */
 struct dsv4_router_args {
     int32_t *ids;          /* [top_k] */
     float *weights;        /* [top_k] */
-    float *scores;         /* [n_exp], work space and result */
+    float *scores;         /* [n_exp], work space and result, never NULL */
     const float *logits;   /* [n_exp] */
     const float *bias;     /* [n_exp] or NULL */
     const int32_t *forced; /* [top_k] or NULL */

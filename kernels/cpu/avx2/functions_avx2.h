@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * functions.h in eight lanes: the same operations, the same bits.  Arithmetic runs on arguments clamped to the range
- * where the scalar function computes; the other cases are blended in afterwards.
+ * functions.h in eight lanes: the same operations, the same bits.  Arithmetic runs on arguments
+ * clamped to the range where the scalar function computes; the other cases are blended in
+ * afterwards.
  */
 #ifndef DSV4_FUNCTIONS_AVX2_H
 #define DSV4_FUNCTIONS_AVX2_H
@@ -45,8 +46,9 @@ static inline __m256 dsv4_log1p_core_avx2(__m256 x) {
     __m256i e = _mm256_and_si256(_mm256_sub_epi32(u, _mm256_set1_epi32(0x3f400000)),
                                  _mm256_set1_epi32((int)0xff800000u));
     __m256 quarter = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(0x40800000), e));
-    __m256 f = _mm256_add_ps(_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(x), e)),
-                             _mm256_fmadd_ps(_mm256_set1_ps(0.25f), quarter, _mm256_set1_ps(-1.0f)));
+    __m256 f =
+        _mm256_add_ps(_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(x), e)),
+                      _mm256_fmadd_ps(_mm256_set1_ps(0.25f), quarter, _mm256_set1_ps(-1.0f)));
     __m256 k = _mm256_cvtepi32_ps(_mm256_srai_epi32(e, 23));
     __m256 p = _mm256_set1_ps(DSV4_LOG_C8);
     p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(DSV4_LOG_C7));
