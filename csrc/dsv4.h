@@ -67,7 +67,8 @@ struct dsv4_options {
     int32_t chunk_tok;              /* tokens per pass; 0: default */
     int32_t use_mmap;               /* 0: read into owned memory */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
-    void (*progress)(void *arg, uint64_t done, uint64_t total); /* bytes scanned, from the calling thread; or NULL */
+    /* bytes scanned, from the calling thread, at least every 50 ms; non-zero cancels (DSV4_E_CANCELLED); or NULL */
+    int (*progress)(void *arg, uint64_t done, uint64_t total);
     void *progress_arg;
 };
 
