@@ -86,3 +86,17 @@ def printable(text: str, limit: int = 200) -> str:
 def shown(value: object) -> str:
     """A value for a message: strings as they are, everything else by repr, both cut."""
     return printable(value if isinstance(value, str) else repr(value))
+
+
+def combined(errors: list[FormatError], limit: int = 20) -> FormatError:
+    """One error for several: the first keeps its attributes, the message lists up to `limit`."""
+    if len(errors) == 1:
+        return errors[0]
+    first = errors[0]
+    rest = f"; and {len(errors) - limit} more" if len(errors) > limit else ""
+    error = FormatError(
+        f"{len(errors)} faults: " + "; ".join(str(e) for e in errors[:limit]) + rest,
+        file=first.file, tensor=first.tensor, rule=first.rule,
+    )
+    error.got, error.wanted = first.got, first.wanted
+    return error

@@ -234,8 +234,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 64:
-        raise _Refused(f"the integer {printable(text, 40)}, which does not fit 64 bits")
+    if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 64 or text == "-0":
+        raise _Refused(f"the integer {printable(text, 40)}, which is not one of 64 bits")
     return value
 
 
