@@ -171,12 +171,19 @@ DSV4_INLINE float dsv4_sigmoidf(float x) {
     return 1.0f / (1.0f + dsv4_expf(-x));
 }
 
-/* log(1 + e^x), x itself above 20 (the router's); 1.6 ulp. */
+/*
+ * log(1 + e^x), x itself above 20 (the router's); 1.6 ulp.  Where e^x is below 2^-126 it is the
+ * square of e^(x/2), so that it keeps what a subnormal float can hold.
+ */
 DSV4_INLINE float dsv4_softplusf(float x) {
     if (x > 20.0f)
         return x;
     if (x != x)
         return dsv4_f32_from_bits(DSV4_NAN_BITS);
+    if (x < DSV4_EXP_LOW) {
+        float half = dsv4_expf(0.5f * x);
+        return half * half; /* log(1 + tiny) is tiny itself */
+    }
     return dsv4_log1p_core(dsv4_expf(x));
 }
 

@@ -65,7 +65,11 @@ static inline __m256 dsv4_log1p_core_avx2(__m256 x) {
 static inline __m256 dsv4_softplus_avx2(__m256 x) {
     const __m256 edge = _mm256_set1_ps(20.0f);
     __m256 linear = _mm256_cmp_ps(x, edge, _CMP_GT_OQ), nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    __m256 y = dsv4_log1p_core_avx2(dsv4_exp_avx2(_mm256_min_ps(x, edge))); /* NaN becomes 20 */
+    __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(DSV4_EXP_LOW), _CMP_LT_OQ);
+    __m256 y = _mm256_min_ps(x, edge); /* NaN becomes 20 */
+    y = dsv4_exp_avx2(_mm256_blendv_ps(y, _mm256_mul_ps(y, _mm256_set1_ps(0.5f)), tiny));
+    __m256 square = _mm256_mul_ps(y, y);
+    y = _mm256_blendv_ps(dsv4_log1p_core_avx2(y), square, tiny);
     y = _mm256_blendv_ps(y, x, linear);
     return _mm256_blendv_ps(y, _mm256_castsi256_ps(_mm256_set1_epi32((int)DSV4_NAN_BITS)), nan);
 }

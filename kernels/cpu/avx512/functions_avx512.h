@@ -67,7 +67,12 @@ static inline __m512 dsv4_softplus_avx512(__m512 x) {
     const __m512 edge = _mm512_set1_ps(20.0f);
     __mmask16 linear = _mm512_cmp_ps_mask(x, edge, _CMP_GT_OQ),
               nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    __m512 y = dsv4_log1p_core_avx512(dsv4_exp_avx512(_mm512_min_ps(x, edge))); /* NaN becomes 20 */
+    __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(DSV4_EXP_LOW), _CMP_LT_OQ);
+    __m512 y = _mm512_min_ps(x, edge); /* NaN becomes 20 */
+    y = _mm512_mask_mul_ps(y, tiny, y, _mm512_set1_ps(0.5f));
+    y = dsv4_exp_avx512(y);
+    y = _mm512_mask_mul_ps(y, tiny, y, y);
+    y = _mm512_mask_mov_ps(dsv4_log1p_core_avx512(y), tiny, y);
     y = _mm512_mask_mov_ps(y, linear, x);
     return _mm512_mask_mov_ps(y, nan, _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV4_NAN_BITS)));
 }
