@@ -38,10 +38,13 @@ enum dsv4_scale_type { DSV4_SCALE_E8M0 = 0, DSV4_SCALE_F32 = 1, DSV4_SCALE_BF16 
 
 enum dsv4_scale_rule {
     DSV4_SCALE_NONE = 0,  /* bf16 and f32 weights */
-    DSV4_SCALE_FOLD = 1,  /* e8m0: weight = code * scale, exact in bf16, magnitudes zero or within 2^+-55 */
+    DSV4_SCALE_FOLD = 1,  /* e8m0 within DSV4_FOLD_*: weight = code * scale, exact in bf16, zero or within 2^+-55 */
     DSV4_SCALE_BLOCK = 2, /* rule 3; the block is 128 columns for FP8, 32 columns for FP4 */
     DSV4_SCALE_ROUND = 3, /* FP8 only: weight = bf16(f32(code * scale)), then rules 1 and 2 (wo_a with f32 scales) */
 };
+
+/* The e8m0 bytes with which every code of a format stays within 2^+-55: 2^-9 ... 448 for FP8, 1/2 ... 6 for FP4. */
+enum { DSV4_FOLD_FP8_MIN = 81, DSV4_FOLD_FP8_MAX = 173, DSV4_FOLD_FP4_MIN = 73, DSV4_FOLD_FP4_MAX = 179 };
 
 /* A weight [rows][cols] as it lies in the checkpoint; layouts in types.h.  data and scale may be unaligned. */
 struct dsv4_weight {
@@ -55,7 +58,8 @@ struct dsv4_weight {
 
 /*
  * out[t][r] = dot(x[t], w[r]) for r in [row0, row1), t in [0, n_tok).  bf16 out: one rounding of the f32 sum.
- * x are bf16 values already made operands (act_quant or act_flush).  Rules 1-3.
+ * x are bf16 values already made operands (act_quant or act_flush).  Rules 1-3.  A NaN code, weight, scale or x makes
+ * the result a NaN, which one is not specified; so it is for the value of a sum once a product has reached 2^128.
  */
 struct dsv4_linear_args {
     void *out;            /* f32 or bf16; element (t, r) at out[t * ld_out + r]: row 0 of the weight is column 0 */
@@ -68,7 +72,7 @@ struct dsv4_linear_args {
     int32_t out_f32;      /* 1: out is float, 0: bf16 */
 };
 
-/* Room for 64 rows of weights and 64 tokens as f32 planes, and a margin. */
+/* Room for 128 rows (of weights, of x) as f32, and a margin. */
 #define DSV4_LINEAR_SCRATCH(cols) ((size_t)128 * 4 * (((size_t)(cols) + 255) / 128 * 128) + 4096)
 
 /* Up to this many tokens the `few` entry is called (weights streamed once), above it the `many` entry (tiles). */

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The lists of variants, one line X(set, family) for each file kernels/cpu/<set>/<family>*.c, which
+ * defines dsv4k_<set>_<family>[].  The build leaves out the folders the compiler or the processor
+ * cannot do.
+ */
+#include "cpu/registry.h"
+
+/* clang-format off */
+#define REF_LISTS(X) \
+    X(ref, linear) \
+    X(ref, quant) \
+    X(ref, norm) \
+    X(ref, rope) \
+    X(ref, hyper) \
+    X(ref, attention) \
+    X(ref, compress) \
+    X(ref, indexer) \
+    X(ref, moe)
+
+#if defined(DSV4_HAVE_AVX2)
+#define AVX2_LISTS(X)
+#else
+#define AVX2_LISTS(X)
+#endif
+
+#if defined(DSV4_HAVE_AVX512)
+#define AVX512_LISTS(X)
+#else
+#define AVX512_LISTS(X)
+#endif
+
+#if defined(DSV4_HAVE_AVX512VNNI)
+#define AVX512VNNI_LISTS(X)
+#else
+#define AVX512VNNI_LISTS(X)
+#endif
+
+#if defined(DSV4_HAVE_AVX512BF16)
+#define AVX512BF16_LISTS(X)
+#else
+#define AVX512BF16_LISTS(X)
+#endif
+
+/* clang-format on */
+
+#define ALL_LISTS(X)                                                                               \
+    REF_LISTS(X) AVX2_LISTS(X) AVX512_LISTS(X) AVX512VNNI_LISTS(X) AVX512BF16_LISTS(X)
+
+#define X(set, family) extern const struct dsv4_variant dsv4k_##set##_##family[];
+ALL_LISTS(X)
+#undef X
+
+const struct dsv4_variant *const dsv4k_registry[] = {
+#define X(set, family) dsv4k_##set##_##family,
+    ALL_LISTS(X)
+#undef X
+        NULL,
+};
