@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-BASE = ["-std=c11", "-O2", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread"]
+BASE = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread"]
 WARN = [
     "-Wall", "-Wextra", "-Wshadow", "-Wvla", "-Wundef", "-Wpointer-arith", "-Wstrict-prototypes",
     "-Wmissing-prototypes",

@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The only threads of the engine: one team per model.  A job is one function that every worker runs from start to end
+ * (single program, multiple data): work is cut by `dsv4_share`, phases are separated by barriers.  A job is entered
+ * once per step, not once per operation.
+ *
+ * Own pthreads rather than OpenMP: the calling thread must stay free to look after signals, a forked child must get an
+ * error instead of a hang, and a barrier must be cheap yet yield when a neighbour holds a core.
+ *
+ * Cancellation: tiles poll `dsv4_cancelled` and may leave their work undone; every barrier tells all workers alike
+ * whether to stop, so no phase ever reads what a cancelled one left out.
+ */
+#ifndef DSV4_PARALLEL_H
+#define DSV4_PARALLEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/status.h"
+
+typedef struct dsv4_team dsv4_team;
+
+typedef struct dsv4_worker {
+    dsv4_team *team; /* borrowed */
+    int id, n;       /* this worker and how many there are */
+} dsv4_worker;
+
+typedef void dsv4_job_fn(dsv4_worker *w, void *ctx);
+
+/* n_thread 0: one per processor this process may run on.  Threads start at the first job. */
+dsv4_status dsv4_team_create(dsv4_team **out, int n_thread, dsv4_error *err);
+void dsv4_team_destroy(dsv4_team *team); /* NULL is legal; waits for a running job; does nothing in a forked child */
+int dsv4_team_size(const dsv4_team *team);
+
+/*
+ * Starts a job; waits in order of arrival while another one runs.  Exactly one dsv4_team_finish follows, by the same
+ * thread.  DSV4_E_STATE in a forked child.
+ */
+dsv4_status dsv4_team_start(dsv4_team *team, dsv4_job_fn *fn, void *ctx, dsv4_error *err);
+int dsv4_team_wait(dsv4_team *team, int milliseconds); /* 1: still running; negative time: until done */
+void dsv4_team_cancel(dsv4_team *team);
+void dsv4_team_finish(dsv4_team *team); /* waits, then lets the next caller in */
+
+/* Called by workers inside a job. */
+int dsv4_cancelled(const dsv4_worker *w); /* cheap; may differ between workers until the next barrier */
+int dsv4_barrier(dsv4_worker *w);         /* 1: cancelled, for all workers alike */
+
+#define DSV4_SYNC(w)                                                                                                   \
+    do {                                                                                                               \
+        if (dsv4_barrier(w))                                                                                           \
+            return 1;                                                                                                  \
+    } while (0)
+
+/* The part [*lo, *hi) of n items for this worker, cut at multiples of grain, as even as that allows. */
+static inline void dsv4_share(const dsv4_worker *w, int64_t n, int64_t grain, int64_t *lo, int64_t *hi) {
+    int64_t units = (n + grain - 1) / grain, base = units / w->n, extra = units % w->n;
+    int64_t first = w->id * base + (w->id < extra ? w->id : extra);
+    int64_t last = first + base + (w->id < extra);
+    *lo = first * grain < n ? first * grain : n;
+    *hi = last * grain < n ? last * grain : n;
+}
+
+#endif

@@ -1,0 +1,392 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Steps: checks, locks, the cut of segments into passes, and the all-or-nothing rule.  A step keeps what it overwrites
+ * of each session's fixed state (dsv4_kv_save); compressed rows beyond the position need no undoing.
+ */
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "gen/session.h"
+#include "model/pass.h"
+
+struct dsv4_run {
+    dsv4_model *model;
+    struct dsv4_segment *segments; /* borrowed; NULL for a layer run alone */
+    int32_t n_segment, n_locked, n_saved;
+    int32_t *row0;                 /* [n_segment] first probe row of each segment */
+    const struct dsv4_probe *probe;
+    atomic_int bad_layer;
+    atomic_llong progress;
+    int diagnose, cancelled;
+    /* one pass at a time, planned by worker 0 */
+    struct dsv4_pass pass;
+    struct dsv4_piece *pieces;
+    struct dsv4_wanted *wanted;
+    int32_t *ids, *positions, *piece_of;
+    int32_t segment, offset; /* where the next pass begins */
+    /* a layer run alone */
+    struct dsv4_kv kv;
+    int32_t layer, n_tok;
+    const uint16_t *streams_in;
+    uint16_t *streams_out;
+    const int32_t *token_ids;
+};
+
+/* ---------------------------------------------------------------------------------------------- planning the passes */
+
+static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const int32_t *ids, int32_t n, int32_t position, int32_t row) {
+    struct dsv4_pass *p = &r->pass;
+    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, row};
+    for (int32_t i = 0; i < n; i++) {
+        r->ids[p->n_tok + i] = ids[i];
+        r->positions[p->n_tok + i] = position + i;
+        r->piece_of[p->n_tok + i] = p->n_piece;
+    }
+    p->n_tok += n;
+    p->n_piece++;
+}
+
+static void want_rows(dsv4_run *r, const struct dsv4_segment *s, int32_t first, int32_t n, int32_t tok) {
+    struct dsv4_pass *p = &r->pass;
+    size_t vocab = (size_t)r->model->config.vocab_size;
+    for (int32_t i = first; i < first + n; i++) {
+        int last = i == s->n - 1, all = s->want == DSV4_LOGITS_ALL;
+        if (!all && !(last && (s->want == DSV4_LOGITS_LAST || s->sampler)))
+            continue;
+        p->wanted[p->n_wanted++] = (struct dsv4_wanted){
+            .logits = all ? s->logits + (size_t)i * vocab : s->want == DSV4_LOGITS_LAST ? s->logits : NULL,
+            .sampler = last ? s->sampler : NULL, .sample = s->sample, .tok = tok + i - first,
+            .position = s->session->position + i + 1,
+        };
+    }
+}
+
+/* Fills the next pass with up to chunk tokens; 0 when nothing is left. */
+static int plan_pass(dsv4_run *r) {
+    struct dsv4_pass *p = &r->pass;
+    int32_t chunk = r->model->options.chunk_tok;
+    p->n_piece = p->n_tok = p->n_wanted = 0;
+    if (!r->segments) {
+        int32_t n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
+        if (n > 0)
+            add_piece(r, &r->kv, r->token_ids + r->offset, n, r->offset, r->offset);
+        r->offset += n;
+        return n > 0;
+    }
+    while (r->segment < r->n_segment && p->n_tok < chunk) {
+        const struct dsv4_segment *s = &r->segments[r->segment];
+        int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
+        want_rows(r, s, r->offset, n, p->n_tok);
+        add_piece(r, &s->session->kv, s->ids + r->offset, n, s->session->position + r->offset,
+                  r->row0[r->segment] + r->offset);
+        r->offset += n;
+        if (r->offset == s->n) {
+            r->segment++;
+            r->offset = 0;
+        }
+    }
+    return p->n_tok > 0;
+}
+
+static void copy_streams(const dsv4_worker *w, dsv4_run *r, int out) {
+    const struct dsv4_config *c = &r->model->config;
+    size_t row = (size_t)c->hc_mult * (size_t)c->hidden_size;
+    int64_t lo, hi;
+    dsv4_share(w, r->pass.n_tok, 1, &lo, &hi);
+    size_t first = (size_t)r->pass.pieces[0].position + (size_t)lo, n = (size_t)(hi - lo) * row * sizeof(dsv4_bf16);
+    dsv4_bf16 *streams = r->pass.ws->streams + (size_t)lo * row;
+    if (out)
+        memcpy(r->streams_out + first * row, streams, n);
+    else
+        memcpy(streams, r->streams_in + first * row, n);
+}
+
+/* What every worker does from the start of the step to its end. */
+static void step_job(dsv4_worker *w, void *ctx) {
+    dsv4_run *r = ctx;
+    for (;;) {
+        if (w->id == 0)
+            plan_pass(r);
+        if (dsv4_barrier(w) || !r->pass.n_tok)
+            return;
+        if (!r->segments)
+            copy_streams(w, r, 0);
+        if (dsv4_forward(w, &r->pass, r->segments != NULL))
+            return;
+        if (!r->segments)
+            copy_streams(w, r, 1);
+        if (dsv4_barrier(w))
+            return;
+        if (w->id == 0)
+            atomic_fetch_add(&r->progress, r->pass.n_tok);
+        if (!r->diagnose && atomic_load(&r->bad_layer) != INT_MAX)
+            return;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------- start and finish */
+
+static dsv4_status check_segment(dsv4_model *m, const struct dsv4_segment *s, int32_t index, dsv4_error *err) {
+    const struct dsv4_config *c = &m->config;
+    if (s->session->model != m)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "segment %d: the session belongs to another model", index);
+    if (s->n < 1)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "segment %d: got no tokens, wanted at least one", index);
+    for (int32_t i = 0; i < s->n; i++)
+        if (s->ids[i] < 0 || s->ids[i] >= c->vocab_size)
+            return dsv4_fail(err, DSV4_E_ARGUMENT, "segment %d: token %d: got id %d, wanted one in [0, %d)", index, i,
+                             s->ids[i], c->vocab_size);
+    return DSV4_OK;
+}
+
+static dsv4_status check_room(const struct dsv4_segment *s, dsv4_error *err) {
+    int32_t most = s->session->model->config.max_position_embeddings, position = s->session->position;
+    if (s->n > most - position)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "the context: got %d tokens after %d, wanted at most %d in all", s->n,
+                         position, most);
+    return DSV4_OK;
+}
+
+static int by_address(const void *a, const void *b) {
+    const dsv4_session *x = *(dsv4_session *const *)a, *y = *(dsv4_session *const *)b;
+    return (x > y) - (x < y);
+}
+
+/* Locks in the order of addresses, so two steps with the same sessions cannot wait for each other. */
+static dsv4_status lock_sessions(dsv4_run *r, dsv4_error *err) {
+    dsv4_session **order = malloc((size_t)r->n_segment * sizeof(*order));
+    if (!order)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %d segments", r->n_segment);
+    for (int32_t i = 0; i < r->n_segment; i++)
+        order[i] = r->segments[i].session;
+    qsort(order, (size_t)r->n_segment, sizeof(*order), by_address);
+    for (int32_t i = 1; i < r->n_segment; i++)
+        if (order[i] == order[i - 1]) {
+            free(order);
+            return dsv4_fail(err, DSV4_E_ARGUMENT, "segments: one session occurs twice, wanted each once");
+        }
+    for (int32_t i = 0; i < r->n_segment; i++)
+        pthread_mutex_lock(&order[i]->lock);
+    r->n_locked = r->n_segment;
+    free(order);
+    return DSV4_OK;
+}
+
+/* Puts every session back to where it was; the position never moved. */
+static void restore(dsv4_run *r) {
+    for (int32_t i = 0; i < r->n_saved; i++) {
+        dsv4_session *s = r->segments[i].session;
+        dsv4_kv_restore(&s->kv, s->position, r->segments[i].n);
+    }
+}
+
+static void run_destroy(dsv4_run *r) {
+    for (int32_t i = 0; i < r->n_locked; i++)
+        pthread_mutex_unlock(&r->segments[i].session->lock);
+    if (!r->segments)
+        dsv4_kv_destroy(&r->kv);
+    free(r->pieces);
+    free(r->wanted);
+    free(r->ids);
+    free(r->positions);
+    free(r->piece_of);
+    free(r->row0);
+    free(r);
+}
+
+static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_probe *probe, int32_t n_segment,
+                              dsv4_error *err) {
+    size_t chunk = (size_t)m->options.chunk_tok;
+    dsv4_run *r = calloc(1, sizeof *r);
+    if (!r)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a step");
+    r->model = m;
+    r->pieces = calloc(chunk, sizeof *r->pieces);
+    r->wanted = calloc(chunk, sizeof *r->wanted);
+    r->ids = calloc(chunk, sizeof *r->ids);
+    r->positions = calloc(chunk, sizeof *r->positions);
+    r->piece_of = calloc(chunk, sizeof *r->piece_of);
+    r->row0 = calloc((size_t)n_segment + 1, sizeof *r->row0);
+    if (!r->pieces || !r->wanted || !r->ids || !r->positions || !r->piece_of || !r->row0) {
+        run_destroy(r);
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a step of %zu tokens", chunk);
+    }
+    atomic_init(&r->bad_layer, INT_MAX);
+    r->probe = probe;
+    r->pass = (struct dsv4_pass){
+        .m = m, .ws = m->workspace, .pieces = r->pieces, .ids = r->ids, .positions = r->positions,
+        .piece_of = r->piece_of, .end_layer = m->config.num_hidden_layers, .probe = probe, .wanted = r->wanted,
+        .bad_layer = &r->bad_layer,
+    };
+    *out = r;
+    return DSV4_OK;
+}
+
+static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
+    for (int32_t i = 0; i < r->n_segment; i++)
+        DSV4_TRY(check_segment(r->model, &r->segments[i], i, err));
+    DSV4_TRY(lock_sessions(r, err));
+    int32_t row = 0;
+    for (int32_t i = 0; i < r->n_segment; i++) {
+        struct dsv4_segment *s = &r->segments[i];
+        DSV4_TRY(check_room(s, err));
+        DSV4_TRY(dsv4_session_reserve_tokens_locked(s->session, s->n, err));
+        DSV4_TRY(dsv4_kv_reserve(&s->session->kv, s->session->position + s->n, err));
+        r->row0[i] = row;
+        row += s->n;
+    }
+    for (int32_t i = 0; i < r->n_segment; i++, r->n_saved++)
+        DSV4_TRY(dsv4_kv_save(&r->segments[i].session->kv, r->segments[i].session->position, r->segments[i].n, err));
+    return DSV4_OK;
+}
+
+static dsv4_status check_probe(const dsv4_model *m, const struct dsv4_probe *probe, dsv4_error *err) {
+    if (probe && (probe->layer < 0 || probe->layer >= m->config.num_hidden_layers))
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "probe: got layer %d, wanted one in [0, %d)", probe->layer,
+                         m->config.num_hidden_layers);
+    return DSV4_OK;
+}
+
+/* A job that only enlarges the workspace's scratch would race with a running step, so it happens inside the queue. */
+struct growth {
+    dsv4_run *run;
+    int32_t position;
+    dsv4_status status;
+    dsv4_error *err;
+};
+
+static void grow_job(dsv4_worker *w, void *ctx) {
+    struct growth *g = ctx;
+    if (w->id == 0)
+        g->status = dsv4_workspace_reserve(g->run->model->workspace, g->run->model, g->position, g->err);
+}
+
+static dsv4_status grow_workspace(dsv4_run *r, dsv4_error *err) {
+    struct growth g = {r, r->n_tok, DSV4_OK, err};
+    for (int32_t i = 0; i < r->n_segment; i++) {
+        int32_t end = r->segments[i].session->position + r->segments[i].n;
+        g.position = end > g.position ? end : g.position;
+    }
+    if (dsv4_workspace_fits(r->model->workspace, r->model, g.position))
+        return DSV4_OK;
+    DSV4_TRY(dsv4_team_start(r->model->team, grow_job, &g, err));
+    dsv4_team_finish(r->model->team);
+    return g.status;
+}
+
+static dsv4_status launch(dsv4_run *r, dsv4_error *err) {
+    DSV4_TRY(grow_workspace(r, err));
+    r->pass.diagnose = r->diagnose;
+    r->segment = r->offset = 0;
+    return dsv4_team_start(r->model->team, step_job, r, err);
+}
+
+dsv4_status dsv4_step_start(dsv4_run **out, dsv4_model *m, struct dsv4_segment *segments, int32_t n_segment,
+                            const struct dsv4_probe *probe, dsv4_error *err) {
+    dsv4_run *r;
+    if (n_segment < 1)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "segments: got none, wanted at least one");
+    DSV4_TRY(check_probe(m, probe, err));
+    DSV4_TRY(run_create(&r, m, probe, n_segment, err));
+    r->segments = segments;
+    r->n_segment = n_segment;
+    dsv4_status status = prepare_sessions(r, err);
+    if (status == DSV4_OK)
+        status = launch(r, err);
+    if (status != DSV4_OK) {
+        run_destroy(r);
+        return status;
+    }
+    *out = r;
+    return DSV4_OK;
+}
+
+dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint16_t *streams_out,
+                             const uint16_t *streams_in, const int32_t *token_ids, int32_t n,
+                             const struct dsv4_probe *probe, dsv4_error *err) {
+    dsv4_run *r;
+    if (layer < 0 || layer >= m->config.num_hidden_layers)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer,
+                         m->config.num_hidden_layers);
+    if (n < 1 || n > m->config.max_position_embeddings)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "streams: got %d rows, wanted 1 to %d", n,
+                         m->config.max_position_embeddings);
+    for (int32_t i = 0; i < n; i++)
+        if (token_ids[i] < 0 || token_ids[i] >= m->config.vocab_size)
+            return dsv4_fail(err, DSV4_E_ARGUMENT, "token_ids: got %d at %d, wanted ids in [0, %d)", token_ids[i], i,
+                             m->config.vocab_size);
+    DSV4_TRY(check_probe(m, probe, err));
+    DSV4_TRY(run_create(&r, m, probe, 0, err));
+    r->streams_in = streams_in;
+    r->streams_out = streams_out;
+    r->token_ids = token_ids;
+    r->n_tok = n;
+    r->pass.first_layer = layer;
+    r->pass.end_layer = layer + 1;
+    dsv4_status status = dsv4_kv_create(&r->kv, m, layer, layer + 1, err);
+    if (status == DSV4_OK)
+        status = dsv4_kv_reserve(&r->kv, n, err);
+    if (status == DSV4_OK)
+        status = launch(r, err);
+    if (status != DSV4_OK) {
+        run_destroy(r);
+        return status;
+    }
+    *out = r;
+    return DSV4_OK;
+}
+
+int dsv4_run_wait(dsv4_run *r, int milliseconds) {
+    return dsv4_team_wait(r->model->team, milliseconds);
+}
+
+void dsv4_run_cancel(dsv4_run *r) {
+    r->cancelled = 1;
+    dsv4_team_cancel(r->model->team);
+}
+
+int64_t dsv4_run_progress(const dsv4_run *r) {
+    return atomic_load(&r->progress);
+}
+
+/* Runs the failed step again, looking at the streams after every layer. */
+static int find_bad_layer(dsv4_run *r) {
+    dsv4_error ignored;
+    restore(r);
+    r->diagnose = 1;
+    if (launch(r, &ignored) == DSV4_OK)
+        dsv4_team_finish(r->model->team);
+    int layer = atomic_load(&r->bad_layer);
+    return layer < r->model->config.num_hidden_layers ? layer : -1;
+}
+
+static void commit(dsv4_run *r) {
+    for (int32_t i = 0; i < r->n_segment; i++) {
+        const struct dsv4_segment *s = &r->segments[i];
+        memcpy(s->session->tokens + s->session->position, s->ids, (size_t)s->n * sizeof *s->ids);
+        s->session->position += s->n;
+    }
+}
+
+dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
+    dsv4_status status = DSV4_OK;
+    dsv4_team_finish(r->model->team);
+    if (r->cancelled) {
+        status = dsv4_fail(err, DSV4_E_CANCELLED, "the step was cancelled; every session is as it was");
+    } else if (atomic_load(&r->bad_layer) != INT_MAX) {
+        int layer = find_bad_layer(r);
+        char where[32] = "the head";
+        if (layer >= 0)
+            snprintf(where, sizeof where, "the output of layer %d", layer);
+        status = dsv4_fail(err, DSV4_E_NONFINITE, "a logit is NaN or infinite; this begins in %s", where);
+        if (err)
+            err->layer = layer;
+    }
+    if (status == DSV4_OK)
+        commit(r);
+    else
+        restore(r);
+    run_destroy(r);
+    return status;
+}

@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The forward pass (SPEC A.1): embedding, layers, head.  There is no other. */
+#include <limits.h>
+
+#include "model/pass.h"
+
+/* Embedding rows into every stream, and cos and sin of every token for both tables. */
+static int enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
+    const struct dsv4_config *c = &p->m->config;
+    struct dsv4_workspace *ws = p->ws;
+    int32_t d = c->hidden_size, hc = c->hc_mult, n_pair = c->qk_rope_head_dim / 2;
+    int64_t lo, hi;
+    dsv4_share(w, p->n_tok, 1, &lo, &hi);
+    for (int64_t t = lo; t < hi; t++) {
+        p->m->k.rope_table(ws->cos_main + t * n_pair, ws->sin_main + t * n_pair, p->m->freq_main, n_pair,
+                           p->positions[t]);
+        p->m->k.rope_table(ws->cos_comp + t * n_pair, ws->sin_comp + t * n_pair, p->m->freq_compressed, n_pair,
+                           p->positions[t]);
+        if (!embed)
+            continue;
+        dsv4_bf16 *x = ws->streams + t * hc * d;
+        size_t row = (size_t)p->ids[t] * (size_t)d;
+        if (p->m->embed.format == DSV4_W_BF16) {
+            memcpy(x, (const uint8_t *)p->m->embed.data + 2 * row, 2 * (size_t)d);
+        } else {
+            for (int32_t i = 0; i < d; i++) {
+                float v;
+                memcpy(&v, (const uint8_t *)p->m->embed.data + 4 * (row + (size_t)i), 4);
+                x[i] = dsv4_f32_to_bf16(v);
+            }
+        }
+        for (int32_t j = 1; j < hc; j++)
+            memcpy(x + (ptrdiff_t)j * d, x, 2 * (size_t)d);
+    }
+    DSV4_SYNC(w);
+    return 0;
+}
+
+void dsv4_probe_rows(const dsv4_worker *w, const struct dsv4_pass *p, void *to, const void *from, size_t row_bytes) {
+    int64_t lo, hi;
+    if (!to)
+        return;
+    dsv4_share(w, p->n_tok, 1, &lo, &hi);
+    for (int64_t t = lo; t < hi; t++) {
+        const struct dsv4_piece *piece = &p->pieces[p->piece_of[t]];
+        size_t row = (size_t)(piece->probe_row + (t - piece->first_tok));
+        memcpy((uint8_t *)to + row * row_bytes, (const uint8_t *)from + (size_t)t * row_bytes, row_bytes);
+    }
+}
+
+static void probe_selection(const dsv4_worker *w, const struct dsv4_pass *p) {
+    int32_t topk = p->m->config.index_topk;
+    int64_t lo, hi;
+    if (!p->probe->index_selected)
+        return;
+    dsv4_share(w, p->n_tok, 1, &lo, &hi);
+    for (int64_t t = lo; t < hi; t++)
+        for (int32_t i = p->ws->n_selected[t]; i < topk; i++)
+            p->ws->selected[t * topk + i] = -1;
+    dsv4_probe_rows(w, p, p->probe->index_selected, p->ws->selected, (size_t)topk * sizeof(int32_t));
+}
+
+/* Reports the first layer whose streams are not finite. */
+static void diagnose(const dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+    int64_t size = (int64_t)p->m->config.hc_mult * p->m->config.hidden_size, lo, hi;
+    dsv4_share(w, p->n_tok * size, 1, &lo, &hi);
+    for (int64_t i = lo; i < hi; i++) {
+        if ((p->ws->streams[i] & 0x7f80) != 0x7f80)
+            continue;
+        int seen = atomic_load(p->bad_layer);
+        while (layer < seen && !atomic_compare_exchange_weak(p->bad_layer, &seen, layer))
+            continue;
+        return;
+    }
+}
+
+static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
+    const struct dsv4_layer *l = &p->m->layers[i];
+    size_t row = (size_t)p->m->config.hidden_size * sizeof(dsv4_bf16);
+    int quant = p->m->options.numerics == DSV4_OFFICIAL;
+    if (dsv4_collapse(w, p, &l->hc_attn, l->attn_norm, quant, 1) || dsv4_attention(w, p, i))
+        return 1;
+    if (dsv4_probed(p, i)) {
+        dsv4_probe_rows(w, p, p->probe->attention, p->ws->y, row);
+        if (l->kind == DSV4_CSA)
+            probe_selection(w, p);
+    }
+    if (dsv4_spread(w, p) || dsv4_collapse(w, p, &l->hc_ffn, l->ffn_norm, quant, 1) || dsv4_moe(w, p, i))
+        return 1;
+    if (dsv4_probed(p, i)) {
+        size_t top_k = (size_t)p->m->config.num_experts_per_tok;
+        dsv4_probe_rows(w, p, p->probe->ffn, p->ws->y, row);
+        dsv4_probe_rows(w, p, p->probe->experts, p->ws->expert_ids, top_k * sizeof(int32_t));
+        dsv4_probe_rows(w, p, p->probe->expert_weights, p->ws->expert_weights, top_k * sizeof(float));
+    }
+    if (dsv4_spread(w, p))
+        return 1;
+    if (dsv4_probed(p, i))
+        dsv4_probe_rows(w, p, p->probe->streams, p->ws->streams, row * (size_t)p->m->config.hc_mult);
+    if (p->diagnose)
+        diagnose(w, p, i);
+    return 0;
+}
+
+int dsv4_forward(dsv4_worker *w, struct dsv4_pass *p, int embed) {
+    if (enter(w, p, embed))
+        return 1;
+    for (int32_t i = p->first_layer; i < p->end_layer; i++)
+        if (layer(w, p, i))
+            return 1;
+    return dsv4_head(w, p);
+}

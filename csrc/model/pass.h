@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One pass: up to `chunk` tokens of any sessions through the layers.  Every function below is executed by all workers
+ * of the team from start to end and cuts its own work with dsv4_share; functions that return int return 1 when the run
+ * was cancelled (DSV4_SYNC).  A phase writes only what no other worker reads before the next barrier.
+ */
+#ifndef DSV4_PASS_H
+#define DSV4_PASS_H
+
+#include "gen/kvcache.h"
+#include "model/model.h"
+
+/* A stretch of one session's tokens inside a pass. */
+struct dsv4_piece {
+    struct dsv4_kv *kv;
+    int32_t first_tok; /* index of its first token in the pass */
+    int32_t n;
+    int32_t position;  /* of its first token in the session */
+    int32_t probe_row; /* row of its first token in the probe's arrays */
+};
+
+/* A logits row that somebody wants. */
+struct dsv4_wanted {
+    float *logits; /* [vocab] or NULL */
+    dsv4_sampler *sampler;
+    struct dsv4_sample *sample;
+    int32_t tok; /* index in the pass */
+    int32_t position; /* of the token that will be sampled */
+};
+
+/* Buffers of one pass, N = chunk tokens, P = N (top_k + 1) expert rows; sizes in workspace.c. */
+struct dsv4_workspace {
+    dsv4_bf16 *streams;        /* [N][hc d] */
+    float *dots;               /* [N][(2 + hc) hc] */
+    float *post, *comb;        /* [N][hc], [N][hc hc] */
+    dsv4_bf16 *u;              /* [N][d] normed input of a sublayer */
+    dsv4_bf16 *u_quant;        /* [N][d] rounded to FP8, as bf16 */
+    dsv4_bf16 *u_plain;        /* [N][d] operand, not rounded */
+    dsv4_bf16 *y;              /* [N][d] output of a sublayer */
+    float *cos_main, *sin_main, *cos_comp, *sin_comp; /* [N][d_rope / 2] */
+    dsv4_bf16 *qa, *qr, *qr_quant;   /* [N][q_lora] */
+    dsv4_bf16 *q, *o;                /* [N][H D] */
+    dsv4_bf16 *kv;                   /* [N][D] */
+    uint8_t *kv_rows;                /* [N][kv_row] */
+    float *comp_k, *comp_gate;       /* [N][2 D] */
+    float *icomp_k, *icomp_gate;     /* [N][2 index_dim] */
+    dsv4_bf16 *index_q;              /* [N][index heads * index dim] */
+    uint8_t *index_q_rows;           /* [N][index heads][index_row] */
+    dsv4_bf16 *index_w;              /* [N][index heads] */
+    int32_t *selected, *n_selected;  /* [N][index_topk], [N] */
+    dsv4_bf16 *z, *z_quant;          /* [N][o_groups o_lora] */
+    float *router_logits, *router_scores; /* [N][E] */
+    int32_t *expert_ids;             /* [N][top_k] */
+    float *expert_weights;           /* [N][top_k] */
+    int32_t *group_first;            /* [E + 2]: rows of expert e in the order by expert; E is the shared expert */
+    int32_t *row_tok;                /* [P] token of each expert row */
+    float *row_weight;               /* [P] */
+    int32_t *tok_rows;               /* [N][top_k + 1] rows of each token, ascending expert, shared last */
+    dsv4_bf16 *gate_out, *up_out;    /* [P][I]; the activation overwrites gate_out */
+    dsv4_bf16 *expert_out;           /* [P][d] */
+    dsv4_bf16 *hidden;               /* [LOGIT_ROWS][d] */
+    float *head_dots;                /* [LOGIT_ROWS][hc] */
+    float *logits;                   /* [LOGIT_ROWS][vocab] */
+    float *shared_scores;            /* [team][score_capacity]: index scores of few tokens, all workers */
+    atomic_int score_capacity;       /* compressed entries there is room for; read before a job is started */
+    void **scratch;                  /* [team] of each worker */
+    uint8_t *grown;                  /* owned: what depends on the longest context */
+    struct dsv4_arena *arena;        /* owned: everything else */
+    /* parts of a worker's scratch, in bytes from its start */
+    size_t at_kernel, at_keys, at_scores, at_top_k, at_small, scratch_bytes;
+};
+
+enum { DSV4_LOGIT_ROWS = 32 };
+
+struct dsv4_pass {
+    dsv4_model *m;
+    struct dsv4_workspace *ws;
+    struct dsv4_piece *pieces;
+    int32_t n_piece, n_tok;
+    const int32_t *ids;              /* [n_tok] */
+    const int32_t *positions;        /* [n_tok] */
+    const int32_t *piece_of;         /* [n_tok] */
+    int32_t first_layer, end_layer;
+    const struct dsv4_probe *probe;  /* or NULL */
+    struct dsv4_wanted *wanted;
+    int32_t n_wanted;
+    atomic_int *bad_layer;           /* lowest layer with a non-finite stream; the layer count for the head; INT_MAX */
+    int diagnose;                    /* look at the streams after every layer */
+};
+
+dsv4_status dsv4_workspace_create(struct dsv4_workspace **out, const dsv4_model *m, dsv4_error *err);
+void dsv4_workspace_destroy(struct dsv4_workspace *ws);
+int dsv4_workspace_fits(const struct dsv4_workspace *ws, const dsv4_model *m, int32_t position);
+/* Room for sessions of up to `position` tokens; the old room stays valid on failure. */
+dsv4_status dsv4_workspace_reserve(struct dsv4_workspace *ws, const dsv4_model *m, int32_t position, dsv4_error *err);
+
+/* forward.c: embedding (unless the streams are already there), layers, head. */
+int dsv4_forward(dsv4_worker *w, struct dsv4_pass *p, int embed);
+/* hyper.c */
+int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_hyper *h, const float *norm, int quant, int plain);
+int dsv4_spread(dsv4_worker *w, struct dsv4_pass *p);
+/* attention.c: ws->u_* -> ws->y */
+int dsv4_attention(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+/* compress.c: closes the windows that end in this pass; keeps the raw rows of the last tokens. */
+void dsv4_close_windows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+void dsv4_keep_state(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+/* indexer.c: ws->selected */
+int dsv4_select(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+/* moe.c: ws->u_* -> ws->y */
+int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+/* head.c */
+int dsv4_head(dsv4_worker *w, struct dsv4_pass *p);
+
+/* linear.c */
+struct dsv4_linear_job {
+    const struct dsv4_weight *w;
+    const dsv4_bf16 *x;
+    void *out;
+    ptrdiff_t ld_x, ld_out;
+    int32_t out_f32;
+};
+/* Rows [row0, row1) of one job for n_tok tokens, in tiles between which cancellation is looked at. */
+void dsv4_linear_rows(dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_linear_job *job, const int32_t *tok,
+                      int32_t n_tok, int32_t row0, int32_t row1);
+/* This worker's share of the rows of every job, for all tokens of the pass. */
+void dsv4_linear_jobs(dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_linear_job *jobs, int n_job);
+
+/* Whether the input of this weight is rounded to FP8 (SPEC 6.4: the input of FP8 and FP4 linears). */
+static inline int dsv4_rounds_input(const dsv4_model *m, const struct dsv4_weight *w) {
+    return m->options.numerics == DSV4_OFFICIAL && (w->format == DSV4_W_FP8 || w->format == DSV4_W_FP4);
+}
+
+/* n values as an operand of `weight`, rounded to FP8 where that is the rule. */
+static inline void dsv4_operand_of(const dsv4_model *m, const struct dsv4_weight *weight, dsv4_bf16 *out,
+                                   const dsv4_bf16 *x, int32_t n) {
+    if (dsv4_rounds_input(m, weight))
+        m->k.act_quant(out, NULL, NULL, x, n);
+    else
+        m->k.act_flush(out, x, n);
+}
+
+static inline void *dsv4_scratch(const dsv4_worker *w, const struct dsv4_pass *p, size_t at) {
+    return (uint8_t *)p->ws->scratch[w->id] + at;
+}
+
+/* Copies a worker's share of rows into a probe's array. */
+void dsv4_probe_rows(const dsv4_worker *w, const struct dsv4_pass *p, void *to, const void *from, size_t row_bytes);
+static inline int dsv4_probed(const struct dsv4_pass *p, int32_t layer) {
+    return p->probe && p->probe->layer == layer;
+}
+
+#endif
