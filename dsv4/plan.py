@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a model needs, by part, before anything is read; and whether they are there.
+
+Weights are counted from the shard headers, or from the config alone.  The state of a sequence is
+counted from the storage formats of the engine: KV rows (unrotated part in FP8, one scale byte per
+64, rotated part in bf16, padded to 8 bytes: 584 for the published models), index rows (FP4 and one
+scale byte per 32: 68), and the f32 rows of the open compressor windows.  Source: SPEC 3.10-3.11.
+"""
+
+import math
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4 import hub
+from dsv4.checkpoint import Checkpoint
+from dsv4.config import CSA_RATIO, Config
+from dsv4.layout import FP8, OFFICIAL, expected
+from dsv4.shard import DTYPE_BITS
+
+DEVICES = ("cpu", "cuda")
+CHUNK = 512
+F32 = 4
+
+PARTS = (
+    "routed experts", "shared experts", "attention", "compressors and indexer",
+    "hyper-connections", "router", "norms", "embedding", "head", "draft",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes by part.  `str(plan)` is a table, `as_dict()` the same for machines.
+
+    Attributes
+    ----------
+    weights : dict of str to int
+        Bytes of the tensors, by part of the model.
+    state : dict of str to int
+        Bytes of one sequence of `context` tokens.
+    workspace : int
+        Bytes of one step's intermediate values.
+    context, batch : int
+        Tokens per sequence, and sequences.
+    device : str
+    """
+
+    config: Config
+    weights: dict[str, int]
+    state: dict[str, int]
+    workspace: int
+    context: int
+    batch: int
+    device: str
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all `batch` sequences."""
+        return self.batch * sum(self.state.values())
+
+    @property
+    def total(self) -> int:
+        return self.weight_bytes + self.state_bytes + self.workspace
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Growth of one sequence per token, averaged over whole windows."""
+        kv, index = kv_row_bytes(self.config), index_row_bytes(self.config)
+        ratios = _main_ratios(self.config)
+        return sum(kv / r for r in ratios if r) + index / CSA_RATIO * ratios.count(CSA_RATIO)
+
+    def longest_context(self, free: int) -> int:
+        """Tokens per sequence that fit into `free` bytes; 0 if not even one does."""
+        left = (free - self.weight_bytes - self.workspace) // self.batch
+        low, high = 0, self.config.max_position_embeddings
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(state_bytes(self.config, middle).values()) <= left:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, ready for json."""
+        return dict(
+            device=self.device, context=self.context, batch=self.batch,
+            weights=dict(self.weights), weight_bytes=self.weight_bytes, state=dict(self.state),
+            state_bytes=self.state_bytes, bytes_per_token=self.bytes_per_token,
+            workspace=self.workspace, total=self.total,
+        )
+
+    def __str__(self) -> str:
+        each = f" x {self.batch}" if self.batch > 1 else ""
+        rows = [("weights", self.weight_bytes), *_indented(self.weights)]
+        rows += [(f"state of {self.context:,} tokens{each}", self.state_bytes)]
+        rows += _indented({k: v * self.batch for k, v in self.state.items()})
+        rows += [("workspace", self.workspace), (f"total ({self.device})", self.total)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {size(n):>10}" for name, n in rows)
+
+
+def plan(
+    path: str | os.PathLike[str] | Config, context: int | None = None, batch: int = 1,
+    device: str = "cpu", *, workspace: Callable[[Config, int], int] | None = None,
+) -> Plan:
+    """Count the bytes a model needs, without reading a weight.
+
+    Parameters
+    ----------
+    path : path, hub id or Config
+        A folder is counted from its shard headers.  A Config or a hub id is counted from the
+        config alone: official dtypes and all its draft blocks.
+    context : int, optional
+        Tokens per sequence; the model's longest by default.
+    batch : int
+        Sequences at the same time.
+    device : "cpu" or "cuda"
+        Where they are to be.
+    workspace : function of (Config, batch), optional
+        Bytes of a step's intermediate values; `step_workspace` by default.
+
+    Raises
+    ------
+    ValueError
+        For a context, batch or device out of range.
+    FormatError
+        If the folder is not a valid checkpoint.
+
+    Examples
+    --------
+    >>> from dsv4 import nano
+    >>> plan(Config.from_json(nano.CONFIG), context=4096).state["index rows"]
+    139264
+    """
+    config, weights = _weights(path)
+    limit = config.max_position_embeddings
+    context = limit if context is None else context
+    for name, got, high in (("context", context, limit), ("batch", batch, 1 << 20)):
+        if type(got) is not int or not 1 <= got <= high:
+            raise ValueError(f"{name}: got {got!r}, wanted an integer from 1 to {high}")
+    if device not in DEVICES:
+        raise ValueError(f"device: got {device!r}, wanted one of {', '.join(DEVICES)}")
+    return Plan(
+        config=config, weights=weights, state=state_bytes(config, context),
+        workspace=(workspace or step_workspace)(config, batch), context=context, batch=batch,
+        device=device,
+    )
+
+
+def kv_row_bytes(config: Config) -> int:
+    """One KV row: FP8 codes, bf16 rotated part, a scale per 64, padded to 8 bytes."""
+    nope = config.nope_head_dim
+    return -(-(nope + 2 * config.qk_rope_head_dim + -(-nope // 64)) // 8) * 8
+
+
+def index_row_bytes(config: Config) -> int:
+    """One index row: FP4 codes and a scale per 32."""
+    return config.index_head_dim // 2 + config.index_head_dim // 32
+
+
+def state_bytes(config: Config, context: int) -> dict[str, int]:
+    """Bytes of the state of one sequence of `context` tokens, by part."""
+    kv, index = kv_row_bytes(config), index_row_bytes(config)
+    ratios = _main_ratios(config)
+    csa = ratios.count(CSA_RATIO)
+    open_windows = sum(
+        _state_rows(r, config.head_dim) + (r == CSA_RATIO) * _state_rows(r, config.index_head_dim)
+        for r in ratios if r
+    )
+    return {
+        "window rings": len(ratios) * config.sliding_window * kv,
+        "compressed rows": sum(context // r * kv for r in ratios if r),
+        "index rows": csa * (context // CSA_RATIO) * index,
+        "compressor states": open_windows,
+    }
+
+
+def _state_rows(ratio: int, head_dim: int) -> int:
+    """Bytes of the k and gate rows of one compressor: twice as many and as wide if overlapping."""
+    rows, width = (2 * ratio, 2 * head_dim) if ratio == CSA_RATIO else (ratio, head_dim)
+    return rows * width * 2 * F32
+
+
+def _main_ratios(config: Config) -> tuple[int, ...]:
+    return config.compress_ratios[: config.num_hidden_layers]
+
+
+def step_workspace(config: Config, batch: int) -> int:
+    """Upper estimate of a step of CHUNK prompt tokens plus one token of every other sequence."""
+    c, tokens = config, CHUNK + batch
+    streams = 3 * c.hc_mult * c.hidden_size
+    heads = 3 * c.num_attention_heads * c.head_dim + c.index_n_heads * c.index_head_dim
+    narrow = c.q_lora_rank + c.o_groups * c.o_lora_rank + 4 * c.head_dim + 4 * c.hidden_size
+    experts = c.num_experts_per_tok * (3 * c.moe_intermediate_size + c.hidden_size)
+    logits = (1 + batch) * c.vocab_size
+    return F32 * (tokens * (streams + heads + narrow + experts) + logits)
+
+
+def part_of(name: str) -> str:
+    """The part of the model an official tensor name belongs to.
+
+    Examples
+    --------
+    >>> part_of("layers.2.ffn.gate.bias")
+    'router'
+    """
+    for start, part in (("mtp.", "draft"), ("embed.", "embedding"), ("head.", "head"),
+                        ("norm.", "norms"), ("hc_head_", "hyper-connections")):
+        if name.startswith(start):
+            return part
+    inside = name.split(".", 2)[2]
+    for start, part in (("ffn.experts.", "routed experts"), ("ffn.shared", "shared experts"),
+                        ("ffn.gate.", "router"), ("attn.compressor.", "compressors and indexer"),
+                        ("attn.indexer.", "compressors and indexer"), ("attn.", "attention"),
+                        ("hc_", "hyper-connections")):
+        if inside.startswith(start):
+            return part
+    return "norms"
+
+
+def _weights(path: str | os.PathLike[str] | Config) -> tuple[Config, dict[str, int]]:
+    weights = dict.fromkeys(PARTS, 0)
+    if not isinstance(path, Config):
+        folder = hub.resolve(path, weights=False)
+        if not hub.is_repo_id(path) and folder.is_dir():
+            with Checkpoint.open(folder) as checkpoint:
+                for info in checkpoint.tensors.values():
+                    weights[part_of(info.name)] += info.nbytes
+                return checkpoint.config, weights
+        path = Config.from_json(folder)
+    blocks = len(path.compress_ratios) - path.num_hidden_layers
+    formats = OFFICIAL._replace(expert=FP8) if path.expert_dtype == "fp8" else OFFICIAL
+    draft = "dspark" if path.dspark_block_size else "mtp"
+    for name, (dtypes, shape) in expected(path, draft, blocks, formats).items():
+        (dtype,) = dtypes
+        weights[part_of(name)] += math.prod(shape) * DTYPE_BITS[dtype] // 8
+    return path, weights
+
+
+def _indented(parts: dict[str, int]) -> list[tuple[str, int]]:
+    return [(f"  {name}", n) for name, n in parts.items() if n]
+
+
+def size(n: float) -> str:
+    """Bytes for a reader.
+
+    Examples
+    --------
+    >>> size(159609485896)
+    '148.65 GiB'
+    """
+    if n < 1024:
+        return f"{n:.0f} B"
+    power = min(4, math.floor(math.log2(n) / 10))
+    return f"{n / 1024**power:.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+# ---- what is there ----
+
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process can still get: the least of MemAvailable, cgroup limits, RLIMIT_AS."""
+    limits = [_field(proc / "meminfo", "MemAvailable:") * 1024]
+    limits += _cgroup_limits(proc, cgroup)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(max(0, soft - _field(proc / "self" / "status", "VmSize:") * 1024))
+    return min(limits)
+
+
+def check_memory(needed: int | Plan, *, free: int | None = None) -> None:
+    """Refuse a load that does not fit.
+
+    Parameters
+    ----------
+    needed : int or Plan
+        Bytes; a Plan lets the message say what would fit.
+    free : int, optional
+        Bytes that are there; `available_memory()` by default.
+
+    Raises
+    ------
+    MemoryError
+        With what is needed, what is free and what would fit.
+    """
+    free = available_memory() if free is None else free
+    total = needed if isinstance(needed, int) else needed.total
+    if total <= free:
+        return
+    fits = ""
+    if isinstance(needed, Plan):
+        longest = needed.longest_context(free)
+        sequences = f" for {needed.batch} sequences" if needed.batch > 1 else ""
+        fits = f"; a context of {longest:,} tokens{sequences} would fit"
+        if longest == 0:
+            rest = needed.weight_bytes + needed.workspace
+            fits = f"; nothing would fit: weights and workspace alone need {size(rest)}"
+    raise MemoryError(f"memory: needed {size(total)}, free {size(free)}{fits}")
+
+
+def _field(path: Path, key: str) -> int:
+    """The number after `key` in a file of lines; a very large one if there is none."""
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return 1 << 52
+
+
+def _cgroup_limits(proc: Path, root: Path) -> list[int]:
+    """What each memory limit around this process leaves, page cache counted as free."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file "
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(base):
+                break
+            highest = _number(folder / limit)
+            if highest is None:
+                continue
+            used = (_number(folder / usage) or 0) - _cache(folder / "memory.stat", cache)
+            left.append(max(0, highest - max(0, used)))
+    return left
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for "max" and for no such file."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cache(path: Path, key: str) -> int:
+    found = _field(path, key)
+    return 0 if found == 1 << 52 else found
