@@ -69,7 +69,8 @@ class BuildExt(build_ext):
                     macros.append((f"DSV4_HAVE_{Path(folder).name.upper()}", "1"))
         headers = [p for top in ("kernels", "csrc") for p in Path(top).rglob("*.h")]
         newest = max(p.stat().st_mtime for p in [*headers, Path(__file__)])
-        include = [".", "kernels", "csrc", numpy.get_include()]
+        include = [".", "kernels", "csrc"]
+        system = ["-isystem", numpy.get_include()]  # its headers are not -Wundef clean
 
         def compile_one(job: tuple[Path, list[str]]) -> str:
             source, flags = job
@@ -78,7 +79,7 @@ class BuildExt(build_ext):
                 return str(target)
             return self.compiler.compile(
                 [str(source)], output_dir=self.build_temp, macros=macros, include_dirs=include,
-                extra_postargs=[*BASE, *WARN, *flags, *extra_flags()],
+                extra_postargs=[*BASE, *WARN, *flags, *system, *extra_flags()],
             )[0]
 
         jobs = []

@@ -1,27 +1,96 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The extension module dsv4._core (multi-phase initialisation). */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
+/*
+ * dsv4._core: multi-phase initialisation, types on the heap, all state in the module.  Refuses
+ * subinterpreters, as NumPy's core does.
+ */
+#include "module.h"
 #include "py_kernels.h"
 
-static int exec_core(PyObject *module) {
-    return dsv4_py_add_kernels(module);
+static int add_type(PyObject *module, PyTypeObject **slot, PyType_Spec *spec) {
+    *slot = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *slot ? PyModule_AddType(module, *slot) : -1;
 }
 
-static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, exec_core},
+static int module_exec(PyObject *module) {
+    struct module_state *state = PyModule_GetState(module);
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) {
+        PyErr_SetString(PyExc_ImportError, "dsv4 does not work in subinterpreters");
+        return -1;
+    }
+    if (convert_init() < 0 || dsv4_py_add_kernels(module) < 0 ||
+        add_type(module, &state->model_type, &model_spec) < 0 ||
+        add_type(module, &state->session_type, &session_spec) < 0 ||
+        add_type(module, &state->sampler_type, &sampler_spec) < 0)
+        return -1;
+    PyObject *errors = PyImport_ImportModule("dsv4.errors");
+    if (!errors)
+        return -1;
+    state->format_error = PyObject_GetAttrString(errors, "FormatError");
+    state->nonfinite_error = PyObject_GetAttrString(errors, "NonFiniteLogitsError");
+    state->forked_error = PyObject_GetAttrString(errors, "ForkedProcessError");
+    Py_DECREF(errors);
+    return state->format_error && state->nonfinite_error && state->forked_error ? 0 : -1;
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg) {
+    struct module_state *state = PyModule_GetState(module);
+    Py_VISIT(state->model_type);
+    Py_VISIT(state->session_type);
+    Py_VISIT(state->sampler_type);
+    Py_VISIT(state->format_error);
+    Py_VISIT(state->nonfinite_error);
+    Py_VISIT(state->forked_error);
+    return 0;
+}
+
+static int module_clear(PyObject *module) {
+    struct module_state *state = PyModule_GetState(module);
+    Py_CLEAR(state->model_type);
+    Py_CLEAR(state->session_type);
+    Py_CLEAR(state->sampler_type);
+    Py_CLEAR(state->format_error);
+    Py_CLEAR(state->nonfinite_error);
+    Py_CLEAR(state->forked_error);
+    return 0;
+}
+
+static void module_free(void *module) {
+    module_clear(module);
+}
+
+static PyMethodDef module_methods[] = {
+    {"token_ids", token_ids_function, METH_VARARGS,
+     PyDoc_STR(
+         "token_ids(ids, name, limit, /)\n--\n\n"
+         "A new int32 array of ids, each 0 <= id < limit; errors name `name` and the index.")},
+    {"logprobs", logprobs_function, METH_VARARGS,
+     PyDoc_STR("logprobs(logits, ids, k, /)\n--\n\n"
+               "[(logprob of ids[i], [(id, logprob) of the k best]), ...] for float32 logits [n, "
+               "vocab].")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, (void *)module_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
     {0, NULL},
 };
 
-static struct PyModuleDef core_module = {
+static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "_core",
-    .m_slots = slots,
+    .m_name = "dsv4._core",
+    .m_doc = PyDoc_STR("The engine: private, positional entry points.  Use `import dsv4`."),
+    .m_size = sizeof(struct module_state),
+    .m_methods = module_methods,
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
 };
 
-PyMODINIT_FUNC PyInit__core(void); /* CPython declares it nowhere */
-
+PyMODINIT_FUNC PyInit__core(void);
 PyMODINIT_FUNC PyInit__core(void) {
-    return PyModuleDef_Init(&core_module);
+    return PyModuleDef_Init(&module_def);
 }

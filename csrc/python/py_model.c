@@ -1,0 +1,400 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * dsv4._core.Model: loading, closing, and what a model can tell about itself.  Steps are in
+ * py_step.c.
+ */
+#include "py_step.h"
+
+#include <string.h>
+#include <unistd.h>
+
+/* ---------------------------------------------------------------------------------------------------------
+ * handle */
+
+static const char handle_name[] = "dsv4._core.handle";
+
+struct handle *handle_of(PyObject *capsule) {
+    return PyCapsule_GetPointer(capsule, handle_name);
+}
+
+static void handle_destroy(PyObject *capsule) {
+    struct handle *handle = handle_of(capsule);
+    /* The threads of the model do not exist in a forked child: waiting for them would never end. */
+    if (handle->pid == getpid()) {
+        Py_BEGIN_ALLOW_THREADS dsv4_model_destroy(handle->model);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(handle);
+}
+
+/* An empty handle; NULL with an exception set. */
+static PyObject *handle_new(void) {
+    struct handle *handle = PyMem_Calloc(1, sizeof *handle);
+    if (!handle)
+        return PyErr_NoMemory();
+    handle->pid = getpid();
+    PyObject *capsule = PyCapsule_New(handle, handle_name, handle_destroy);
+    if (!capsule)
+        PyMem_Free(handle);
+    return capsule;
+}
+
+/* -----------------------------------------------------------------------------------------------------
+ * parameters */
+
+static const struct field config_fields[] = {
+#define FIELD(name, type) {#name, offsetof(struct dsv4_config, name), type}
+    FIELD(vocab_size, FIELD_I32),
+    FIELD(hidden_size, FIELD_I32),
+    FIELD(num_hidden_layers, FIELD_I32),
+    FIELD(num_attention_heads, FIELD_I32),
+    FIELD(head_dim, FIELD_I32),
+    FIELD(qk_rope_head_dim, FIELD_I32),
+    FIELD(q_lora_rank, FIELD_I32),
+    FIELD(o_groups, FIELD_I32),
+    FIELD(o_lora_rank, FIELD_I32),
+    FIELD(moe_intermediate_size, FIELD_I32),
+    FIELD(n_routed_experts, FIELD_I32),
+    FIELD(num_experts_per_tok, FIELD_I32),
+    FIELD(num_hash_layers, FIELD_I32),
+    FIELD(sliding_window, FIELD_I32),
+    FIELD(index_n_heads, FIELD_I32),
+    FIELD(index_head_dim, FIELD_I32),
+    FIELD(index_topk, FIELD_I32),
+    FIELD(hc_mult, FIELD_I32),
+    FIELD(hc_sinkhorn_iters, FIELD_I32),
+    FIELD(max_position_embeddings, FIELD_I32),
+    FIELD(rope_theta, FIELD_F64),
+    FIELD(compress_rope_theta, FIELD_F64),
+    FIELD(yarn_factor, FIELD_F64),
+    FIELD(yarn_beta_fast, FIELD_F64),
+    FIELD(yarn_beta_slow, FIELD_F64),
+    FIELD(yarn_original_positions, FIELD_I32),
+    FIELD(rms_norm_eps, FIELD_F32),
+    FIELD(hc_eps, FIELD_F32),
+    FIELD(routed_scaling_factor, FIELD_F32),
+    FIELD(swiglu_limit, FIELD_F32),
+#undef FIELD
+};
+
+static const struct field option_fields[] = {
+#define FIELD(name) {#name, offsetof(struct dsv4_options, name), FIELD_I32}
+    FIELD(numerics), FIELD(april_kv),  FIELD(april_shared),
+    FIELD(n_thread), FIELD(chunk_tok), FIELD(use_mmap),
+#undef FIELD
+};
+
+/* Everything dsv4_model_create reads, and the Python objects whose strings it points into. */
+struct load_args {
+    struct dsv4_config config;
+    struct dsv4_options options;
+    int32_t *ratios; /* owned, as the next four */
+    struct dsv4_shard_desc *shards;
+    struct dsv4_tensor_desc *tensors;
+    PyObject *shard_list, *tensor_list; /* tuples of tuples: they keep the strings */
+};
+
+static void load_args_free(struct load_args *a) {
+    PyMem_Free(a->ratios);
+    PyMem_Free(a->shards);
+    PyMem_Free(a->tensors);
+    Py_XDECREF(a->shard_list);
+    Py_XDECREF(a->tensor_list);
+}
+
+static int parse_config(struct load_args *a, PyObject *dict) {
+    if (fields_from_dict(&a->config, config_fields, Py_ARRAY_LENGTH(config_fields), dict,
+                         "config") < 0)
+        return -1;
+    PyObject *ratios = PyDict_GetItemString(dict, "compress_ratios"); /* borrowed */
+    int32_t n = 0;
+    if (!ratios) {
+        PyErr_SetString(PyExc_ValueError, "config: no key compress_ratios");
+        return -1;
+    }
+    if (convert_ids(ratios, "compress_ratios", INT32_MAX, &a->ratios, &n) < 0)
+        return -1;
+    if (n < a->config.num_hidden_layers) {
+        PyErr_Format(PyExc_ValueError,
+                     "compress_ratios: got %d entries, wanted at least num_hidden_layers = %d",
+                     (int)n, (int)a->config.num_hidden_layers);
+        return -1;
+    }
+    a->config.compress_ratios = a->ratios;
+    return 0;
+}
+
+static int parse_shards(struct load_args *a, PyObject *object) {
+    a->shard_list = PySequence_Tuple(object);
+    if (!a->shard_list)
+        return -1;
+    const Py_ssize_t n = PyTuple_GET_SIZE(a->shard_list);
+    a->shards = PyMem_Calloc((size_t)n + 1, sizeof *a->shards);
+    if (!a->shards) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct dsv4_shard_desc *shard = &a->shards[i];
+        PyObject *item = PyTuple_GET_ITEM(a->shard_list, i);
+        unsigned long long size;
+        if (!PyTuple_Check(item)) {
+            PyErr_Format(PyExc_TypeError, "shards[%zd]: wanted a tuple (name, fd, size)", i);
+            return -1;
+        }
+        if (!PyArg_ParseTuple(item, "siK", &shard->path, &shard->fd, &size))
+            return -1;
+        shard->size = size;
+    }
+    return 0;
+}
+
+static int parse_tensor(struct dsv4_tensor_desc *tensor, PyObject *item, Py_ssize_t i) {
+    PyObject *shape;
+    unsigned long long offset, nbytes;
+    if (!PyTuple_Check(item)) {
+        PyErr_Format(PyExc_TypeError,
+                     "tensors[%zd]: wanted a tuple (name, dtype, shape, shard, offset, nbytes)", i);
+        return -1;
+    }
+    if (!PyArg_ParseTuple(item, "siO!iKK", &tensor->name, &tensor->dtype, &PyTuple_Type, &shape,
+                          &tensor->shard, &offset, &nbytes))
+        return -1;
+    tensor->offset = offset;
+    tensor->nbytes = nbytes;
+    const Py_ssize_t rank = PyTuple_GET_SIZE(shape);
+    if (rank > (Py_ssize_t)Py_ARRAY_LENGTH(tensor->shape)) {
+        PyErr_Format(PyExc_ValueError, "tensors[%zd]: got %zd dimensions, wanted at most 4", i,
+                     rank);
+        return -1;
+    }
+    tensor->rank = (int32_t)rank;
+    for (Py_ssize_t k = 0; k < rank; k++) {
+        tensor->shape[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, k));
+        if (tensor->shape[k] < 0) {
+            if (!PyErr_Occurred())
+                PyErr_Format(PyExc_ValueError, "tensors[%zd]: negative dimension", i);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int parse_tensors(struct load_args *a, PyObject *object) {
+    a->tensor_list = PySequence_Tuple(object);
+    if (!a->tensor_list)
+        return -1;
+    const Py_ssize_t n = PyTuple_GET_SIZE(a->tensor_list);
+    a->tensors = PyMem_Calloc((size_t)n + 1, sizeof *a->tensors);
+    if (!a->tensors) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        if (parse_tensor(&a->tensors[i], PyTuple_GET_ITEM(a->tensor_list, i), i) < 0)
+            return -1;
+    }
+    if (n > INT32_MAX || PyTuple_GET_SIZE(a->shard_list) > INT32_MAX) {
+        PyErr_SetString(PyExc_ValueError, "tensors: more than 2^31");
+        return -1;
+    }
+    return 0;
+}
+
+/* -----------------------------------------------------------------------------------------------------------
+ * load */
+
+struct progress {
+    PyObject *callable;   /* borrowed from the call, or NULL */
+    PyThreadState *saved; /* of the loading thread, while it runs without the GIL */
+    int failed;           /* an exception is set and waits for the end of the load */
+};
+
+/* Called by the engine from the loading thread: shows progress and answers Ctrl-C. */
+static int report_progress(void *arg, uint64_t done, uint64_t total) {
+    struct progress *progress = arg;
+    if (progress->failed)
+        return 1;
+    PyEval_RestoreThread(progress->saved);
+    if (PyErr_CheckSignals() < 0) {
+        progress->failed = 1;
+    } else if (progress->callable) {
+        PyObject *result = PyObject_CallFunction(progress->callable, "KK", (unsigned long long)done,
+                                                 (unsigned long long)total);
+        progress->failed = result == NULL;
+        Py_XDECREF(result);
+    }
+    progress->saved = PyEval_SaveThread();
+    return progress->failed;
+}
+
+/* 0, or -1 with an exception set. */
+static int load(struct module_state *state, struct handle *handle, struct load_args *a,
+                PyObject *callable) {
+    struct progress progress = {.callable = callable == Py_None ? NULL : callable};
+    dsv4_error err = {0};
+    a->options.progress = report_progress;
+    a->options.progress_arg = &progress;
+    progress.saved = PyEval_SaveThread();
+    const dsv4_status status = dsv4_model_create(
+        &handle->model, &a->config, a->shards, (int32_t)PyTuple_GET_SIZE(a->shard_list), a->tensors,
+        (int32_t)PyTuple_GET_SIZE(a->tensor_list), &a->options, &err);
+    PyEval_RestoreThread(progress.saved);
+    if (progress.failed)
+        return -1;
+    if (status)
+        raise_status(state, status, &err);
+    return status ? -1 : 0;
+}
+
+static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    PyObject *config, *shards, *tensors, *options, *progress;
+    if (kwargs && PyDict_GET_SIZE(kwargs)) {
+        PyErr_SetString(PyExc_TypeError, "Model takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "O!OOO!O:Model", &PyDict_Type, &config, &shards, &tensors,
+                          &PyDict_Type, &options, &progress))
+        return NULL;
+    ModelObject *self = (ModelObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    struct load_args a = {0};
+    int status = -1;
+    self->handle = handle_new();
+    if (!self->handle || parse_config(&a, config) < 0 || parse_shards(&a, shards) < 0 ||
+        parse_tensors(&a, tensors) < 0 ||
+        fields_from_dict(&a.options, option_fields, Py_ARRAY_LENGTH(option_fields), options,
+                         "options") < 0)
+        goto done;
+    PyObject *disable =
+        PyDict_GetItemString(options, "disable"); /* borrowed from the caller's dict */
+    if (disable && disable != Py_None && !(a.options.disable = PyUnicode_AsUTF8(disable)))
+        goto done;
+    self->vocab = a.config.vocab_size;
+    Py_XINCREF(disable);
+    status = load(state_of(type), handle_of(self->handle), &a, progress);
+    Py_XDECREF(disable);
+done:
+    load_args_free(&a);
+    if (status < 0)
+        Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static void model_dealloc(ModelObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_CLEAR(self->handle);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* ---------------------------------------------------------------------------------------------------------
+ * methods */
+
+PyObject *open_handle(const struct module_state *state, ModelObject *self) {
+    if (!self->handle) {
+        PyErr_SetString(PyExc_ValueError, "the model is closed");
+        return NULL;
+    }
+    return check_process(state, handle_of(self->handle)) < 0 ? NULL : self->handle;
+}
+
+static PyObject *model_close(ModelObject *self, PyObject *Py_UNUSED(ignored)) {
+    Py_CLEAR(self->handle);
+    Py_RETURN_NONE;
+}
+
+static PyObject *model_kernels(ModelObject *self, PyObject *Py_UNUSED(ignored)) {
+    PyObject *handle = open_handle(state_of(Py_TYPE(self)), self);
+    PyObject *list = handle ? PyList_New(dsv4_kernel_count()) : NULL;
+    for (int32_t i = 0; list && i < dsv4_kernel_count(); i++) {
+        const char *op, *variant;
+        dsv4_model_kernel(handle_of(handle)->model, i, &op, &variant);
+        PyObject *pair = Py_BuildValue("(ss)", op, variant);
+        if (!pair)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, pair);
+    }
+    return list;
+}
+
+static PyObject *model_tensor(ModelObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    const char *name;
+    const void *data;
+    uint64_t nbytes;
+    dsv4_error err = {0};
+    if (!PyArg_ParseTuple(args, "s:tensor", &name))
+        return NULL;
+    PyObject *handle = open_handle(state, self);
+    if (!handle)
+        return NULL;
+    const dsv4_status status =
+        dsv4_model_tensor(handle_of(handle)->model, name, &data, &nbytes, &err);
+    return status ? raise_status(state, status, &err) : array_view(data, nbytes, handle);
+}
+
+static PyObject *model_int(ModelObject *self, void *closure) {
+    PyObject *handle = open_handle(state_of(Py_TYPE(self)), self);
+    if (!handle)
+        return NULL;
+    const dsv4_model *model = handle_of(handle)->model;
+    return PyLong_FromLong(closure ? dsv4_model_chunk(model) : dsv4_model_threads(model));
+}
+
+static PyObject *model_closed(ModelObject *self, void *Py_UNUSED(closure)) {
+    return PyBool_FromLong(self->handle == NULL);
+}
+
+static PyMethodDef model_methods[] = {
+    {"step", (PyCFunction)(void (*)(void))model_step, METH_VARARGS,
+     PyDoc_STR("step($self, segments, probe, /)\n--\n\n"
+               "One forward pass over [(session, ids, want, sampler or None), ...].\n\n"
+               "want is 0 (no logits), 1 (last row) or 2 (all rows).  Returns [(float32 [rows, "
+               "vocab] or None, sample or\n"
+               "None), ...].  probe is None or a dict: `layer`, and the names of the internals to "
+               "copy, whose values\n"
+               "become arrays.")},
+    {"layer", (PyCFunction)(void (*)(void))model_layer, METH_VARARGS,
+     PyDoc_STR("layer($self, layer, streams, ids, probe, /)\n--\n\n"
+               "One layer alone from position 0: uint16 bf16 codes [n, hc_mult, hidden_size] in "
+               "and out.")},
+    {"kernels", (PyCFunction)(void (*)(void))model_kernels, METH_NOARGS,
+     PyDoc_STR("kernels($self, /)\n--\n\n[(operation, variant), ...] that this model runs.")},
+    {"tensor", (PyCFunction)(void (*)(void))model_tensor, METH_VARARGS,
+     PyDoc_STR("tensor($self, name, /)\n--\n\nRead-only uint8 view of a tensor's bytes, valid as "
+               "long as it is held.")},
+    {"close", (PyCFunction)(void (*)(void))model_close, METH_NOARGS,
+     PyDoc_STR("close($self, /)\n--\n\nGive up the weights; they go when steps, sessions and views "
+               "are done too.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef model_getset[] = {
+    {"threads", (getter)(void (*)(void))model_int, NULL, PyDoc_STR("int: threads of its team."),
+     NULL},
+    {"chunk", (getter)(void (*)(void))model_int, NULL, PyDoc_STR("int: most tokens per pass."),
+     &model_getset},
+    {"closed", (getter)(void (*)(void))model_closed, NULL, PyDoc_STR("bool: close() was called."),
+     NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot model_slots[] = {
+    {Py_tp_doc, (void *)PyDoc_STR("Model(config, shards, tensors, options, progress, /)\n--\n\n"
+                                  "Loaded weights: immutable, shared freely between threads.")},
+    {Py_tp_new, model_new},
+    {Py_tp_dealloc, model_dealloc},
+    {Py_tp_methods, model_methods},
+    {Py_tp_getset, model_getset},
+    {0, NULL},
+};
+
+PyType_Spec model_spec = {
+    .name = "dsv4._core.Model",
+    .basicsize = sizeof(ModelObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = model_slots,
+};

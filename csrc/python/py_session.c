@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* dsv4._core.Session: one timeline.  Thread-safe: the engine locks the session, after the GIL is
+ * released. */
+#include "module.h"
+
+#include <unistd.h>
+
+dsv4_session *session_of(const struct module_state *state, SessionObject *self) {
+    if (!self->session) {
+        PyErr_SetString(PyExc_ValueError, "the session is closed");
+        return NULL;
+    }
+    return check_process(state, handle_of(self->handle)) < 0 ? NULL : self->session;
+}
+
+static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    struct module_state *state = state_of(type);
+    ModelObject *model;
+    dsv4_error err = {0};
+    if (kwargs && PyDict_GET_SIZE(kwargs)) {
+        PyErr_SetString(PyExc_TypeError, "Session takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "O!:Session", state->model_type, &model))
+        return NULL;
+    if (!model->handle) {
+        PyErr_SetString(PyExc_ValueError, "the model is closed");
+        return NULL;
+    }
+    if (check_process(state, handle_of(model->handle)) < 0)
+        return NULL;
+    SessionObject *self = (SessionObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->handle = Py_NewRef(model->handle);
+    dsv4_status status;
+    Py_BEGIN_ALLOW_THREADS status =
+        dsv4_session_create(&self->session, handle_of(self->handle)->model, &err);
+    Py_END_ALLOW_THREADS if (status) {
+        raise_status(state, status, &err);
+        Py_CLEAR(self);
+    }
+    return (PyObject *)self;
+}
+
+static void session_release(SessionObject *self) {
+    dsv4_session *session = self->session;
+    self->session = NULL;
+    /* In a forked child the locks of the engine may be held for ever: its memory goes with the
+     * process. */
+    if (!session || handle_of(self->handle)->pid != getpid())
+        return;
+    Py_BEGIN_ALLOW_THREADS dsv4_session_destroy(session);
+    Py_END_ALLOW_THREADS
+}
+
+static void session_dealloc(SessionObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    session_release(self);
+    Py_XDECREF(self->handle);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *session_close(SessionObject *self, PyObject *Py_UNUSED(ignored)) {
+    if (self->in_use) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "the session is in use by a running step of another thread");
+        return NULL;
+    }
+    session_release(self);
+    Py_RETURN_NONE;
+}
+
+/* Engine calls that take the session's lock: `in_use` keeps a close() of another thread away
+ * meanwhile. */
+
+static PyObject *session_position(SessionObject *self, void *Py_UNUSED(closure)) {
+    dsv4_session *session = session_of(state_of(Py_TYPE(self)), self);
+    if (!session)
+        return NULL;
+    int32_t position;
+    self->in_use++;
+    Py_BEGIN_ALLOW_THREADS position = dsv4_session_position(session);
+    Py_END_ALLOW_THREADS self->in_use--;
+    return PyLong_FromLong(position);
+}
+
+static PyObject *session_bytes(SessionObject *self, void *Py_UNUSED(closure)) {
+    dsv4_session *session = session_of(state_of(Py_TYPE(self)), self);
+    if (!session)
+        return NULL;
+    uint64_t fixed, grown;
+    self->in_use++;
+    Py_BEGIN_ALLOW_THREADS dsv4_session_bytes(session, &fixed, &grown);
+    Py_END_ALLOW_THREADS self->in_use--;
+    return Py_BuildValue("(KK)", (unsigned long long)fixed, (unsigned long long)grown);
+}
+
+static PyObject *session_tokens(SessionObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    int first, n;
+    if (!PyArg_ParseTuple(args, "ii:tokens", &first, &n))
+        return NULL;
+    dsv4_session *session = session_of(state, self);
+    if (!session)
+        return NULL;
+    if (n < 0) {
+        PyErr_Format(PyExc_ValueError, "n: got %d, wanted 0 or more", n);
+        return NULL;
+    }
+    int64_t shape[1] = {n};
+    void *out;
+    PyObject *array = array_new(ARRAY_I32, 1, shape, &out);
+    if (!array)
+        return NULL;
+    dsv4_error err = {0};
+    dsv4_status status;
+    self->in_use++;
+    Py_BEGIN_ALLOW_THREADS status = dsv4_session_tokens(session, out, first, n, &err);
+    Py_END_ALLOW_THREADS self->in_use--;
+    if (status) {
+        Py_DECREF(array);
+        return raise_status(state, status, &err);
+    }
+    return array;
+}
+
+static PyObject *session_rows(SessionObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    int layer, kind, first, n;
+    if (!PyArg_ParseTuple(args, "iiii:rows", &layer, &kind, &first, &n))
+        return NULL;
+    dsv4_session *session = session_of(state, self);
+    if (!session)
+        return NULL;
+    if (n < 0 || kind < DSV4_ROWS_WINDOW || kind > DSV4_ROWS_INDEX) {
+        PyErr_Format(PyExc_ValueError, "rows: got kind %d and n %d, wanted kind 0 to 2 and n >= 0",
+                     kind, n);
+        return NULL;
+    }
+    const struct dsv4_config *config = dsv4_model_config(handle_of(self->handle)->model);
+    int64_t shape[2] = {n, kind == DSV4_ROWS_INDEX ? config->index_head_dim : config->head_dim};
+    void *out;
+    PyObject *array = array_new(ARRAY_U16, 2, shape, &out);
+    if (!array)
+        return NULL;
+    dsv4_error err = {0};
+    dsv4_status status;
+    self->in_use++;
+    Py_BEGIN_ALLOW_THREADS status = dsv4_session_rows(session, layer, kind, out, first, n, &err);
+    Py_END_ALLOW_THREADS self->in_use--;
+    if (status) {
+        Py_DECREF(array);
+        return raise_status(state, status, &err);
+    }
+    return array;
+}
+
+static PyMethodDef session_methods[] = {
+    {"tokens", (PyCFunction)(void (*)(void))session_tokens, METH_VARARGS,
+     PyDoc_STR("tokens($self, first, n, /)\n--\n\nint32 [n]: the tokens from `first` on.")},
+    {"rows", (PyCFunction)(void (*)(void))session_rows, METH_VARARGS,
+     PyDoc_STR(
+         "rows($self, layer, kind, first, n, /)\n--\n\n"
+         "uint16 [n, dim]: bf16 codes of window (kind 0), compressed (1) or index (2) rows.")},
+    {"close", (PyCFunction)(void (*)(void))session_close, METH_NOARGS,
+     PyDoc_STR("close($self, /)\n--\n\nFree the state now; refused while a step runs.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef session_getset[] = {
+    {"position", (getter)(void (*)(void))session_position, NULL, PyDoc_STR("int: tokens so far."),
+     NULL},
+    {"bytes", (getter)(void (*)(void))session_bytes, NULL,
+     PyDoc_STR("(int, int): bytes of the fixed state and of the rows that grew."), NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot session_slots[] = {
+    {Py_tp_doc,
+     (void *)PyDoc_STR(
+         "Session(model, /)\n--\n\nOne timeline: tokens and the KV state that belongs to them.")},
+    {Py_tp_new, session_new},
+    {Py_tp_dealloc, session_dealloc},
+    {Py_tp_methods, session_methods},
+    {Py_tp_getset, session_getset},
+    {0, NULL},
+};
+
+PyType_Spec session_spec = {
+    .name = "dsv4._core.Session",
+    .basicsize = sizeof(SessionObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = session_slots,
+};

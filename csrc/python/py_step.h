@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The methods of dsv4._core.Model that run the engine. */
+#ifndef DSV4_PYTHON_PY_STEP_H
+#define DSV4_PYTHON_PY_STEP_H
+
+#include "module.h"
+
+/* The capsule of an open model of this process (borrowed), or NULL with an exception set. */
+PyObject *open_handle(const struct module_state *state, ModelObject *model);
+
+PyObject *model_step(ModelObject *self, PyObject *args);
+PyObject *model_layer(ModelObject *self, PyObject *args);
+
+#endif
