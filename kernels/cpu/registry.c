@@ -19,13 +19,25 @@
     X(ref, moe)
 
 #if defined(DSV4_HAVE_AVX2)
-#define AVX2_LISTS(X)
+#define AVX2_LISTS(X) \
+    X(avx2, quant) \
+    X(avx2, norm) \
+    X(avx2, rope) \
+    X(avx2, hyper) \
+    X(avx2, compress) \
+    X(avx2, moe)
 #else
 #define AVX2_LISTS(X)
 #endif
 
 #if defined(DSV4_HAVE_AVX512)
-#define AVX512_LISTS(X)
+#define AVX512_LISTS(X) \
+    X(avx512, quant) \
+    X(avx512, norm) \
+    X(avx512, rope) \
+    X(avx512, hyper) \
+    X(avx512, compress) \
+    X(avx512, moe)
 #else
 #define AVX512_LISTS(X)
 #endif
