@@ -439,10 +439,10 @@ class CompletionSplitter:
         found = self._find(*_ANY_TAG, *self._reasoning_end())
         if found is None:
             return False
-        end, marker = found
+        end, _ = found
         named = _LENIENT_HEADER.fullmatch(self._buf[self._at : end])
         self._consume(end)
-        if marker == THINK_END or not named:
+        if not named:
             return self._malformed()
         self._name = named[1]
         self._parameters = {}

@@ -107,6 +107,8 @@ def test_examples_of_the_specification() -> None:
     assert (encode_messages([user("a"), reminder, user("b")])
             == f"{B}{U}a{A}{T_END}<｜latest_reminder｜>L{U}b{A}{T_END}")
     assert encode_messages([user("a", task="query")]) == f"{B}{U}a<｜query｜>"
+    after_task = encode_messages([user("a", task="query"), user("b")])
+    assert after_task == f"{B}{U}a{U}b{A}{T_END}", "not merged"
     titled = encode_messages([user("a"), assistant("b", task="title")])
     assert titled.endswith(f"b{E}<｜title｜>")
     assert encode_messages([user("a")], add_default_bos_token=False) == f"{U}a{A}{T_END}"
@@ -255,6 +257,7 @@ def block(*invokes: str) -> str:
 
 F = {"type": "function", "function": {"name": "f", "arguments": '{"a": "x"}'}}
 CALL_F = invoke("f", parameter("a", "x"))
+TWICE = invoke("f", parameter("a", "x"), parameter("a", "y"))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,7 @@ CALL_F = invoke("f", parameter("a", "x"))
         # malformed: content, as written
         ("chat", f"say <{D}tool_calls> aloud{E}", "", f"say <{D}tool_calls> aloud", []),
         ("chat", f"a{block(invoke('f', 'junk'))}{E}", "", f"a{block(invoke('f', 'junk'))}", []),
+        ("chat", f"a{block(TWICE)}{E}", "", f"a{block(TWICE)}", []),
         ("chat", f"a{T_END}b{E}", "", f"a{T_END}b", []),
         ("chat", f"a{E}b", "", f"a{E}b", []),
         # white space and newlines that the strict reader refuses

@@ -137,7 +137,8 @@ def test_limits_of_every_number(name: str) -> None:
     for value in (allowed.high, allowed.low + (0.5 if allowed.above_low else 0)):
         assert getattr(Sampling(**{name: value}), name) == value
     for value in just_outside(name):
-        with pytest.raises(ValueError, match=f"^{name}: got .*, expected an? (integer|number) .* to ") as error:
+        words = f"^{name}: got .*, expected an? (integer|number) .* to "
+        with pytest.raises(ValueError, match=words) as error:
             Sampling.build({}, **{name: value})
         assert len(str(error.value)) < 160
     for value in (math.nan, math.inf, -math.inf):

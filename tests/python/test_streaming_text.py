@@ -7,8 +7,9 @@ the right text for every way of cutting the input, nothing wrong was shown on th
 
 import gzip
 import json
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -302,27 +303,44 @@ def test_stop_strings_and_markers_together(v4: Tokenizer) -> None:
 # --- cost -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["text", "parameter", "newlines", "nested"])
-def test_the_cost_of_a_long_stream_is_linear(kind: str) -> None:
+def seconds(pieces: list[str], consume: Callable[[list[str]], object]) -> float:
+    best = math.inf
+    for _ in range(2):
+        start = time.process_time()
+        consume(pieces)
+        best = min(best, time.process_time() - start)
+    return best
+
+
+OPENING = f"{completion.CALLS_OPEN}\n{completion.INVOKE_OPEN}"
+IN_PARAMETER = f'{OPENING} name="f">\n{completion.PARAMETER_OPEN} name="a" string="true">'
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "length"),
+    [("", "word <b> ", 20_000), ("", "\n\n", 20_000), ("", f"{OPENING} x", 20_000),
+     (IN_PARAMETER, "word <b> ", 160_000)],
+    ids=["text", "newlines", "broken blocks", "parameter"],
+)
+def test_the_cost_of_a_long_stream_is_linear(head: str, body: str, length: int) -> None:
     """Four times the length: about four times the time, where quadratic code takes sixteen."""
-    opening = f"{completion.CALLS_OPEN}\n{completion.INVOKE_OPEN}"
-    body = {
-        "text": "word <b> ", "newlines": "\n\n", "parameter": "word <b> ",
-        "nested": f"{opening} x",
-    }[kind]
-    head = f'{opening} name="f">\n{completion.PARAMETER_OPEN} name="a" string="true">'
 
-    def seconds(length: int) -> float:
-        text = (head if kind == "parameter" else "") + body * (length // len(body))
-        pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
-        best = 1e9
-        for _ in range(2):
-            start = time.process_time()
-            matcher = StopMatcher("\n\nHuman:")
-            for piece in pieces:
-                matcher.feed(piece)
-            stream(pieces, "chat")
-            best = min(best, time.process_time() - start)
-        return best
+    def pieces(n: int) -> list[str]:
+        text = head + body * (n // len(body))
+        return [text[i : i + 4] for i in range(0, len(text), 4)]
 
-    assert seconds(160_000) < 8 * seconds(40_000) + 0.02
+    def split(some: list[str]) -> None:
+        splitter = CompletionSplitter("chat")
+        for piece in some:
+            splitter.feed(piece)
+
+    assert seconds(pieces(4 * length), split) < 8 * seconds(pieces(length), split) + 0.02
+
+
+def test_the_cost_of_stop_strings_is_linear() -> None:
+    def match(some: list[str]) -> None:
+        matcher = StopMatcher(["a" * 1000 + "b", "a" * 999 + "c"])
+        for piece in some:
+            matcher.feed(piece)
+
+    assert seconds(["a"] * 80_000, match) < 8 * seconds(["a"] * 20_000, match) + 0.02

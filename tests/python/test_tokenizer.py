@@ -183,6 +183,9 @@ def test_small_tokenizer(tmp_path: Path) -> None:
     assert (tok.vocab_size, tok.bos_id, tok.eos_id) == (262, 0, 1)
     assert tok.encode("abc<think>", special=True) == [259, 260]
     assert tok.decode(tok.encode("abc<think> é🙂\n")) == "abc<think> é🙂\n"
+    spec = small_spec()
+    spec["added_tokens"][2]["content"] = "é"  # a marker stands for its text, not for byte 0xe9
+    assert Tokenizer.from_folder(write(tmp_path, spec)).decode([260]) == "é"
     pairs = small_spec()  # merges as newer versions of the package write them
     pairs["model"]["merges"] = [["a", "b"], ["ab", "c"]]
     assert Tokenizer.from_folder(write(tmp_path, pairs)).encode("abc") == [259]
