@@ -11,7 +11,7 @@ Source: DESIGN 6, 7; SPEC 7.
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -121,6 +121,15 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ready for json."""
+        def plain(rows: Sequence[TokenLogprob | None] | None) -> list[Any] | None:
+            return None if rows is None else [row and row._asdict() for row in rows]
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {
+            "logprobs": plain(self.logprobs), "prompt_logprobs": plain(self.prompt_logprobs)}
 
 
 class Stream(Generator[Event, None, None]):
