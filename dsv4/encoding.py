@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from .completion import (
+from dsv4.completion import (
     BOS,
     CALLS_CLOSE,
     CALLS_OPEN,
@@ -29,7 +29,7 @@ from .completion import (
     check_thinking_mode,
     parse_completion,
 )
-from .errors import EncodingError
+from dsv4.errors import EncodingError
 
 __all__ = ["EncodingError", "encode_messages", "parse_completion"]
 

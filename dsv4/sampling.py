@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .errors import FormatError
+from dsv4.errors import FormatError
 
 INT32_MAX = 2**31 - 1
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import tokenizers
 
-from .completion import BOS, EOS
-from .errors import FormatError, printable, shown
-from .files import Folder
+from dsv4.completion import BOS, EOS
+from dsv4.errors import FormatError, printable, shown
+from dsv4.files import Folder
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
