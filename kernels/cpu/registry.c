@@ -20,24 +20,14 @@
 
 #if defined(DSV4_HAVE_AVX2)
 #define AVX2_LISTS(X) \
-    X(avx2, quant) \
-    X(avx2, norm) \
-    X(avx2, rope) \
-    X(avx2, hyper) \
-    X(avx2, compress) \
-    X(avx2, moe)
+    X(avx2, attention)
 #else
 #define AVX2_LISTS(X)
 #endif
 
 #if defined(DSV4_HAVE_AVX512)
 #define AVX512_LISTS(X) \
-    X(avx512, quant) \
-    X(avx512, norm) \
-    X(avx512, rope) \
-    X(avx512, hyper) \
-    X(avx512, compress) \
-    X(avx512, moe)
+    X(avx512, attention)
 #else
 #define AVX512_LISTS(X)
 #endif
@@ -49,7 +39,8 @@
 #endif
 
 #if defined(DSV4_HAVE_AVX512BF16)
-#define AVX512BF16_LISTS(X)
+#define AVX512BF16_LISTS(X) \
+    X(avx512bf16, attention)
 #else
 #define AVX512BF16_LISTS(X)
 #endif

@@ -2,7 +2,8 @@
 /*
  * The experiments of trial.h.  A timed call streams 256 rows of 4096 columns for one token (few) or
  * multiplies 96 rows of 2048 columns with 48 tokens (many); the weights are flushed from the caches
- * first, so 4 MiB are enough to see memory.  About 0.1 ms a call.
+ * first, so 4 MiB are enough to see memory.  About 0.1 ms a call.  Attention: 16 heads of 512 over
+ * 64 bf16 rows, from the caches.
  */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "cpu/trial.h"
@@ -24,11 +25,17 @@ enum {
     EQUAL_COLS = 1000, /* not a multiple of 32: the tail is tried as well */
     EQUAL_TOKENS = 9,
     REPEATS = 4,
+    HEADS = 16,
+    HEAD_DIMS = 512,
+    KEYS = 64,
     WEIGHT_BYTES = FEW_ROWS * FEW_COLS * 4,
     X_ELEMENTS = MANY_TOKENS * FEW_COLS,
     OUT_FLOATS = MANY_TOKENS * FEW_ROWS,
     LINE = 64,
 };
+
+DSV4_STATIC_ASSERT(DSV4_ATTENTION_SCRATCH(HEADS, HEAD_DIMS) <= DSV4_LINEAR_SCRATCH(FEW_COLS),
+                   "attention's scratch fits");
 
 struct dsv4_trial {
     uint8_t weights[WEIGHT_BYTES];
@@ -156,9 +163,37 @@ static int linear_format(int op, int *many) {
     return -1;
 }
 
+static double attention_seconds(struct dsv4_trial *trial, const struct dsv4_variant *variant) {
+    const uint8_t *keys[KEYS];
+    float sink[HEADS] = {0};
+    for (int j = 0; j < KEYS; j++)
+        keys[j] = trial->weights + (size_t)j * HEAD_DIMS * sizeof(dsv4_bf16);
+    struct dsv4_attention_args a = {.out = (dsv4_bf16 *)(void *)trial->out[0],
+                                    .q = trial->x,
+                                    .keys = keys,
+                                    .sink = sink,
+                                    .scratch = trial->scratch,
+                                    .n_key = KEYS,
+                                    .n_head = HEADS,
+                                    .d_head = HEAD_DIMS,
+                                    .d_rope = 64,
+                                    .scale = 0.04f,
+                                    .format = DSV4_KV_BF16};
+    double best = 1e9;
+    for (int i = 0; i < REPEATS; i++) {
+        double start = now();
+        ((dsv4k_attention_fn *)variant->fn)(&a);
+        double seconds = now() - start;
+        best = seconds < best ? seconds : best;
+    }
+    return best;
+}
+
 double dsv4k_trial_seconds(struct dsv4_trial *trial, const struct dsv4_variant *variant) {
     static const int eighths[DSV4_W_FORMATS] = {8, 4, 16, 32}; /* bytes of eight weights */
     int many = 0, format = linear_format(variant->op, &many);
+    if (variant->op == DSV4_OP_attention)
+        return attention_seconds(trial, variant);
     if (format < 0)
         return 0;
     int32_t rows = many ? MANY_ROWS : FEW_ROWS, cols = many ? MANY_COLS : FEW_COLS;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Attention of one token over an ordered list of KV rows, portable C: the definition of the bits (SPEC 3.8, contract
- * at dsv4_attention_args).  A lane per head for the scores, a lane per dimension for the values; no reduction crosses
- * lanes but the denominator's tree.
+ * Attention of one token over an ordered list of KV rows, portable C: the definition of the bits
+ * (SPEC 3.8, contract at dsv4_attention_args).  A lane per head for the scores, a lane per
+ * dimension for the values; no reduction crosses lanes but the denominator's tree.
  */
 #include <assert.h>
 #include <math.h>
@@ -15,10 +15,10 @@ enum { BLOCK = 64, LANES = 16 };
 
 /* How the scratch is cut; heads and dims are n_head and d_head rounded up to whole lanes. */
 struct work {
-    float *q;   /* [d_head][heads], operands */
-    float *acc; /* [n_head][dims] */
-    float *k;   /* [BLOCK][dims], operands; masked ranks +0 */
-    float *p;   /* [BLOCK][heads], scores, then P */
+    float *q;         /* [d_head][heads], operands */
+    float *acc;       /* [n_head][dims] */
+    float *k;         /* [BLOCK][dims], operands; masked ranks +0 */
+    float *p;         /* [BLOCK][heads], scores, then P */
     float *m, *l, *c; /* [heads] running maximum, denominator, rescale factor of the block */
     size_t heads, dims;
 };
@@ -42,7 +42,8 @@ static void load_row(float *k, const uint8_t *row, const struct dsv4_attention_a
     int32_t nope = a->format == DSV4_KV_FP8 ? a->d_head - a->d_rope : 0;
     const uint8_t *rest = row + nope, *scales = row + nope + 2 * (size_t)a->d_rope;
     for (int32_t d = 0; d < nope; d++)
-        k[d] = dsv4_f32_operand(dsv4_e4m3_to_f32(row[d]) * dsv4_e8m0_to_f32(scales[d / DSV4_KV_GROUP]));
+        k[d] = dsv4_f32_operand(dsv4_e4m3_to_f32(row[d]) *
+                                dsv4_e8m0_to_f32(scales[d / DSV4_KV_GROUP]));
     for (int32_t d = nope; d < a->d_head; d++) {
         dsv4_bf16 h;
         memcpy(&h, rest + 2 * (size_t)(d - nope), sizeof h);
@@ -51,7 +52,8 @@ static void load_row(float *k, const uint8_t *row, const struct dsv4_attention_a
 }
 
 /* w->k from ranks [first, first + n); returns whether there is any key. */
-static int load_block(const struct work *w, const struct dsv4_attention_args *a, int32_t first, int32_t n) {
+static int load_block(const struct work *w, const struct dsv4_attention_args *a, int32_t first,
+                      int32_t n) {
     int any = 0;
     memset(w->k, 0, BLOCK * w->dims * sizeof(float));
     for (int32_t j = 0; j < n; j++) {
@@ -63,8 +65,10 @@ static int load_block(const struct work *w, const struct dsv4_attention_args *a,
     return any;
 }
 
-/* w->p = S, LANES heads from `h`; a masked or missing rank scores -infinity, which makes its P zero. */
-static void scores(const struct work *w, const struct dsv4_attention_args *a, size_t h, int32_t first, int32_t n) {
+/* w->p = S, LANES heads from `h`; a masked or missing rank scores -infinity, which makes its P
+ * zero. */
+static void scores(const struct work *w, const struct dsv4_attention_args *a, size_t h,
+                   int32_t first, int32_t n) {
     for (int32_t j = 0; j < BLOCK; j++) {
         float s[LANES] = {0};
         const float *k = w->k + (size_t)j * w->dims, *q = w->q + h;
@@ -85,7 +89,7 @@ static void soften(const struct work *w, size_t h) {
     float m = w->m[h], lane[LANES] = {0};
     for (int j = 0; j < BLOCK; j++) {
         float s = w->p[(size_t)j * w->heads + h];
-        m = s > m ? s : m; /* a NaN score is lost here and makes its P NaN below, so the whole head */
+        m = s > m ? s : m; /* a NaN is lost here and makes its P NaN below, so the whole head */
     }
     for (int j = 0; j < BLOCK; j++) {
         float *p = w->p + (size_t)j * w->heads + h;
@@ -135,7 +139,8 @@ static void dsv4k_attention_ref(const struct dsv4_attention_args *a) {
     }
     for (size_t h = 0; h < (size_t)a->n_head; h++)
         for (size_t d = 0; d < (size_t)a->d_head; d++)
-            w.q[d * w.heads + h] = dsv4_bf16_to_f32(dsv4_bf16_operand(a->q[h * (size_t)a->d_head + d]));
+            w.q[d * w.heads + h] =
+                dsv4_bf16_to_f32(dsv4_bf16_operand(a->q[h * (size_t)a->d_head + d]));
 
     for (int32_t first = 0; first < a->n_key; first += BLOCK) {
         int32_t n = a->n_key - first < BLOCK ? a->n_key - first : BLOCK;

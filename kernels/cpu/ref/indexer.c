@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Scores of the lightning indexer and the selection of the best, portable C: the definition of the bits (SPEC 3.6,
- * contracts at dsv4_index_scores_args and dsv4k_top_k_fn).
+ * Scores of the lightning indexer and the selection of the best, portable C: the definition of the
+ * bits (SPEC 3.6, contracts at dsv4_index_scores_args and dsv4k_top_k_fn).
  */
 #include <assert.h>
 #include <math.h>
@@ -43,7 +43,8 @@ static void dsv4k_index_scores_ref(const struct dsv4_index_scores_args *a) {
             float acc = 0.0f, w = round_bf16(dsv4_bf16_to_f32(a->head_w[h]) * a->w_scale);
             for (size_t b = 0; b < (size_t)a->d_index / DSV4_INDEX_GROUP; b++) {
                 size_t at = b * DSV4_INDEX_GROUP / 2;
-                acc = fmaf((float)block_dot(q + at, k + at), block_scale(q[codes + b], k[codes + b]), acc);
+                acc = fmaf((float)block_dot(q + at, k + at),
+                           block_scale(q[codes + b], k[codes + b]), acc);
             }
             float t = round_bf16(acc);
             t = t <= 0.0f ? 0.0f : t; /* a NaN passes */
@@ -60,7 +61,8 @@ static uint32_t order_key(float score) {
 }
 
 /* Radix selection, a byte of the key per pass from the top: `bound` becomes the k-th best key. */
-static int32_t dsv4k_top_k_ref(int32_t *ids, const float *scores, int32_t n, int32_t k, void *scratch) {
+static int32_t dsv4k_top_k_ref(int32_t *ids, const float *scores, int32_t n, int32_t k,
+                               void *scratch) {
     uint32_t bound = 0;
     int32_t need = k, count = 0;
     (void)scratch;
