@@ -1,4 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek V4 language models from their official safetensors, every internal an array away."""
+"""DeepSeek V4 language models from their official safetensors, every internal an array away.
+
+>>> import dsv4
+>>> with dsv4.load() as model:  # the small model inside the package
+...     print(len(model.generate("ROMEO:", max_new_tokens=16).tokens))
+16
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4.completion import parse_completion
+    from dsv4.config import Config
+    from dsv4.encoding import encode_messages
+    from dsv4.errors import (
+        BackendUnavailable,
+        DeviceError,
+        EncodingError,
+        ForkedProcessError,
+        FormatError,
+        NonFiniteLogitsError,
+    )
+    from dsv4.generate import Completion, Event, Stream, TokenLogprob
+    from dsv4.loading import kernel_info, load
+    from dsv4.memory import Plan, plan
+    from dsv4.model import Layer, Model, Session
+    from dsv4.sampling import Sampling
+    from dsv4.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
+
+# name -> module: imported when first used, so that `import dsv4` alone costs nothing
+_WHERE = {
+    "parse_completion": "completion",
+    "Config": "config",
+    "encode_messages": "encoding",
+    "BackendUnavailable": "errors",
+    "DeviceError": "errors",
+    "EncodingError": "errors",
+    "ForkedProcessError": "errors",
+    "FormatError": "errors",
+    "NonFiniteLogitsError": "errors",
+    "Completion": "generate",
+    "Event": "generate",
+    "Stream": "generate",
+    "TokenLogprob": "generate",
+    "Layer": "model",
+    "Model": "model",
+    "Session": "model",
+    "kernel_info": "loading",
+    "load": "loading",
+    "Plan": "memory",
+    "plan": "memory",
+    "Sampling": "sampling",
+    "Tokenizer": "tokenizer",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "Completion",
+    "Config",
+    "DeviceError",
+    "EncodingError",
+    "Event",
+    "ForkedProcessError",
+    "FormatError",
+    "Layer",
+    "Model",
+    "NonFiniteLogitsError",
+    "Plan",
+    "Sampling",
+    "Session",
+    "Stream",
+    "TokenLogprob",
+    "Tokenizer",
+    "encode_messages",
+    "kernel_info",
+    "load",
+    "parse_completion",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dsv4' has no attribute {name!r}")
+    value = getattr(import_module(f"dsv4.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

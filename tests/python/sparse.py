@@ -63,3 +63,23 @@ def write_checkpoint(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(config))
     return len(table)
+
+
+def write_arrays(path: Path, tensors: dict[str, tuple[str, Any]]) -> None:
+    """A shard of (dtype, array) by name; an array of 4-bit codes is given packed, as (dtype, array,
+    shape)."""
+    table: dict[str, Any] = {}
+    offset, body = 0, []
+    for name, (dtype, array, *shape) in tensors.items():
+        raw = array.tobytes()
+        table[name] = dict(
+            dtype=dtype, shape=list(shape[0] if shape else array.shape),
+            data_offsets=[offset, offset + len(raw)])
+        offset += len(raw)
+        body.append(raw)
+    text = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(body))
+
+
+def write_index(folder: Path, where: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))

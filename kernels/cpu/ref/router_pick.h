@@ -16,35 +16,38 @@ static inline int dsv4_router_before(float a, int32_t i, float b, int32_t j) {
     return i < j;
 }
 
-/* a->scores is filled; each pick is the first expert of the order that comes after the pick before
- * it. */
+static inline float dsv4_router_key(const struct dsv4_router_args *a, int32_t e) {
+    return a->bias ? a->scores[e] + a->bias[e] : a->scores[e];
+}
+
+/* Puts expert e into the sorted list of the `held` best so far; returns the new length. */
+static inline int32_t dsv4_router_offer(const struct dsv4_router_args *a, int32_t held, int32_t e) {
+    float key = dsv4_router_key(a, e);
+    int32_t at = held;
+    while (at > 0 && dsv4_router_before(key, e, dsv4_router_key(a, a->ids[at - 1]), a->ids[at - 1]))
+        at--;
+    if (at == a->top_k)
+        return held;
+    int32_t last = held < a->top_k ? held : a->top_k - 1;
+    memmove(a->ids + at + 1, a->ids + at, (size_t)(last - at) * sizeof *a->ids);
+    a->ids[at] = e;
+    return last + 1;
+}
+
+/* ids and weights of one token; a->scores is filled. */
 static inline void dsv4_router_pick(const struct dsv4_router_args *a) {
-    const float *s = a->scores;
-    float last = 0.0f;
-    for (int32_t j = 0; j < a->top_k; j++) {
-        if (a->forced) {
-            a->ids[j] = a->forced[j];
-            continue;
-        }
-        int32_t best = -1;
-        float best_key = 0.0f;
-        for (int32_t e = 0; e < a->n_exp; e++) {
-            float key = a->bias ? s[e] + a->bias[e] : s[e];
-            if (best >= 0 && !dsv4_router_before(key, e, best_key, best))
-                continue;
-            if (j > 0 && !dsv4_router_before(last, a->ids[j - 1], key, e))
-                continue;
-            best = e;
-            best_key = key;
-        }
-        a->ids[j] = best;
-        last = best_key;
+    if (a->forced) {
+        memcpy(a->ids, a->forced, (size_t)a->top_k * sizeof *a->ids);
+    } else {
+        int32_t held = 0;
+        for (int32_t e = 0; e < a->n_exp; e++)
+            held = dsv4_router_offer(a, held, e);
     }
     float sum = 0.0f;
     for (int32_t j = 0; j < a->top_k; j++)
-        sum += s[a->ids[j]];
+        sum += a->scores[a->ids[j]];
     for (int32_t j = 0; j < a->top_k; j++)
-        a->weights[j] = s[a->ids[j]] / sum * a->route_scale;
+        a->weights[j] = a->scores[a->ids[j]] / sum * a->route_scale;
 }
 
 #endif

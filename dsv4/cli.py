@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dsv4`: generate, chat, info, verify; each with --json.
+
+Answers and reports go to standard output, everything else to standard error.  Exit codes: 0 done,
+1 failed (one sentence says why), 2 wrong usage, 130 Ctrl-C, 141 the reader of the output went
+away.  Source: DESIGN 7.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import dsv4
+from dsv4.errors import (
+    BackendUnavailable,
+    DeviceError,
+    FormatError,
+    NonFiniteLogitsError,
+)
+
+if TYPE_CHECKING:
+    from dsv4.generate import Completion
+
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+# what a user can cause; anything else is a bug and keeps its traceback
+EXPECTED = (
+    OSError, MemoryError, ImportError, ValueError, BackendUnavailable, DeviceError, FormatError,
+    NonFiniteLogitsError, NotImplementedError,
+)
+SAMPLING = (
+    ("max-new-tokens", int, "N", "at most N tokens; by default until the sentence or context ends"),
+    ("min-new-tokens", int, "N", "do not end before N tokens"),
+    ("temperature", float, "T", "0 is greedy"),
+    ("top-p", float, "P", "nucleus; 1 is off"),
+    ("top-k", int, "K", "0 is off"),
+    ("min-p", float, "P", "least probability relative to the highest; 0 is off"),
+    ("seed", int, "S", "the same seed gives the same text"),
+    ("presence-penalty", float, "X", "-2 to 2; 0 is off"),
+    ("frequency-penalty", float, "X", "-2 to 2; 0 is off"),
+    ("repetition-penalty", float, "X", "above 0; 1 is off"),
+)
+CHAT_HELP = "/new starts over, /think switches reasoning on and off, /exit (or Ctrl-D) leaves"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        The exit code.
+
+    Examples
+    --------
+    >>> main(["generate", "--max-new-tokens", "0", "ROMEO:"])
+    2
+    """
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # nothing more can be written; the interpreter must not try when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except _Usage as error:
+        _say(f"dsv4: error: {error}")
+        return USAGE
+    except EXPECTED as error:
+        _say(f"dsv4: error: {error or type(error).__name__}")
+        return FAILED
+
+
+class _Usage(Exception):
+    """The command line cannot be carried out as it is written."""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# ---- arguments ----
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsv4", description="DeepSeek V4 language models, on this machine.",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C, 141 output closed")
+    parser.add_argument("--version", action="version", version=f"dsv4 {dsv4.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a text, or answer a message")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text; - reads standard input")
+    generate.add_argument("--chat", action="store_true", help="send it as a user's message")
+    generate.add_argument(
+        "--special", action="store_true", help="markers in a raw prompt become their tokens")
+    generate.add_argument("-n", "--n", type=int, metavar="N", help="so many answers")
+    generate.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--ignore-eos", action="store_true", help="do not end with the sentence")
+    generate.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --json: log-probabilities, K alternatives")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with the model", description=CHAT_HELP)
+    chat.set_defaults(run=_chat)
+    for command in (generate, chat):
+        _add_model_arguments(command)
+        for name, kind, metavar, text in SAMPLING:
+            command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+        command.add_argument("--system", metavar="TEXT", help="a system message (chat)")
+        command.add_argument("--thinking", action="store_true", help="reason before the answer")
+        command.add_argument("--reasoning-effort", metavar="E", help="low, high or max")
+
+    info = commands.add_parser("info", help="what is in a folder; this machine; memory needed")
+    info.add_argument("path", nargs="?", metavar="PATH", help="by default the model inside dsv4")
+    info.add_argument("--context", type=int, metavar="N", help="tokens per sequence")
+    info.add_argument("--batch", type=int, default=1, metavar="N", help="sequences")
+    info.set_defaults(run=_info)
+
+    verify = commands.add_parser(
+        "verify", help="check this machine's kernels, or a folder",
+        description="Without a folder: a tiny model against its stored values, with every kernel "
+        "this machine has.  With one: its structure, its scales, its checksums.")
+    verify.add_argument("path", nargs="?", metavar="PATH")
+    verify.set_defaults(run=_verify)
+    for command in (generate, chat, info, verify):
+        command.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def _add_model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="PATH", help="folder or hub id; by default the model "
+                         "inside dsv4")
+    command.add_argument("--threads", type=int, metavar="N", help="by default one per processor")
+    command.add_argument("--numerics", default="official", choices=("official", "weights"))
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
+
+
+def _load(args: argparse.Namespace) -> dsv4.Model:
+    return dsv4.load(
+        args.model, device=args.device, threads=args.threads, numerics=args.numerics,
+        mmap=not args.no_mmap)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters given; refused here, before a model is loaded."""
+    names = [name.replace("-", "_") for name, *_ in SAMPLING]
+    names += ["n", "stop", "logprobs"]
+    given = {name: getattr(args, name, None) for name in names}
+    given["ignore_eos"] = getattr(args, "ignore_eos", False) or None
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        dsv4.Sampling.build({}, **given)
+    except (TypeError, ValueError) as error:
+        raise _Usage(str(error)) from None
+    return given
+
+
+# ---- generate ----
+
+def _generate(args: argparse.Namespace) -> int:
+    sampling = _sampling(args)
+    chat = args.chat or args.thinking or args.system is not None
+    prompt: Any = _read_stdin() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise _Usage("PROMPT: got an empty text, wanted at least one character")
+    arguments = dict(special=args.special) if not chat else _chat_arguments(args)
+    if chat:
+        prompt = [*_system(args), {"role": "user", "content": prompt}]
+    with _load(args) as model, model.stream(prompt, **arguments, **sampling) as events:
+        out = _Output(sys.stdout, hidden=args.json or args.n not in (None, 1))
+        for event in events:
+            out.show(event)
+        out.end()
+        if args.json:
+            results = [completion.as_dict() for completion in events.completions]
+            print(json.dumps(results if args.n not in (None, 1) else results[0]))
+        elif out.hidden:
+            for completion in events.completions:
+                print(f"--- {completion.index + 1} ---\n{completion.text}")
+    return 0
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise _Usage(
+            f"PROMPT: byte {error.start} of standard input is not UTF-8 text") from None
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _chat_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(thinking_mode="thinking" if args.thinking else "chat",
+                reasoning_effort=args.reasoning_effort)
+
+
+class _Output:
+    """Text as it comes; reasoning dimmed on a terminal, set apart by lines elsewhere."""
+
+    def __init__(self, file: TextIO, hidden: bool = False) -> None:
+        self.file = file
+        self.hidden = hidden
+        self.styled = file.isatty() and not os.environ.get("NO_COLOR")
+        self.kind = "text"
+        self.last = "\n"
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(errors="backslashreplace")
+
+    def show(self, event: "dsv4.Event") -> None:
+        text = event.text
+        if event.tool_call is not None:
+            text = json.dumps(event.tool_call["function"], ensure_ascii=False) + "\n"
+        if self.hidden or not text:
+            return
+        if event.kind != self.kind:
+            self._switch(event.kind)
+        self.file.write(text)
+        self.file.flush()
+        self.last = text[-1]
+
+    def _switch(self, kind: str) -> None:
+        if self.last != "\n":
+            self.file.write("\n")
+        if self.styled:
+            self.file.write("\x1b[2m" if kind == "reasoning" else "\x1b[0m")
+        elif "reasoning" in (kind, self.kind):
+            self.file.write("<think>\n" if kind == "reasoning" else "</think>\n")
+        self.kind = kind
+
+    def end(self) -> None:
+        """End the last line."""
+        if self.kind == "reasoning":
+            self._switch("text")
+        elif self.last != "\n":
+            self.file.write("\n")
+        self.file.flush()
+
+
+# ---- chat ----
+
+def _chat(args: argparse.Namespace) -> int:
+    sampling = _sampling(args)
+    with _load(args) as model:
+        talk = _Talk(model, args, sampling)
+        if sys.stdin.isatty():
+            _say(f"{model.kind}\n{CHAT_HELP}")
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return 0
+            if line == "/exit":
+                return 0
+            if line == "/new":
+                talk.restart()
+            elif line == "/think":
+                args.thinking = not args.thinking
+                _say(f"reasoning is {'on' if args.thinking else 'off'}")
+            elif line.startswith("/"):
+                _say(f"{line.split()[0]}: unknown; {CHAT_HELP}")
+            elif line:
+                talk.answer(line)
+
+
+class _Talk:
+    """A conversation."""
+
+    def __init__(
+        self, model: dsv4.Model, args: argparse.Namespace, sampling: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.sampling = sampling
+        self.restart()
+
+    def restart(self) -> None:
+        self.messages = _system(self.args)
+
+    def answer(self, line: str) -> None:
+        """Send a message and show the answer; Ctrl-C ends the answer, not the conversation."""
+        self.messages.append({"role": "user", "content": line})
+        out = _Output(sys.stdout, hidden=self.args.json)
+        arguments = _chat_arguments(self.args)
+        with self.model.stream(self.messages, **arguments, **self.sampling) as events:
+            try:
+                for event in events:
+                    out.show(event)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+        out.end()
+        completion = events.completions[0]
+        self.messages.append(_message(completion))
+        if self.args.json:
+            print(json.dumps(completion.as_dict()), flush=True)
+
+
+def _message(completion: "Completion") -> dict[str, Any]:
+    """The assistant's message that an answer is."""
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text}
+    if completion.reasoning:
+        message["reasoning_content"] = completion.reasoning
+    if completion.tool_calls:
+        message["tool_calls"] = completion.tool_calls
+    return message
+
+
+# ---- info ----
+
+def _info(args: argparse.Namespace) -> int:
+    facts = {"model": _model_facts(args), "machine": _machine_facts()}
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    model, machine = facts["model"], facts["machine"]
+    print(f"{model['path']}\n{model['kind']}")
+    for name in ("shards", "tensors", "dtypes", "tokenizer"):
+        if name in model:
+            value = model[name]
+            if isinstance(value, dict):
+                value = ", ".join(f"{n} {key}" for key, n in value.items())
+            print(f"  {name:<10} {value}")
+    for warning in model.get("warnings", ()):
+        print(f"  warning    {warning}")
+    print(f"memory for {model['plan']['batch']} x {model['plan']['context']:,} tokens")
+    print("  " + model["plan_table"].replace("\n", "\n  "))
+    print("this machine")
+    for name in ("versions", "cpu", "kernels"):
+        print(f"  {name}")
+        for key, value in machine[name].items():
+            print(f"    {key:<22} {value}")
+    return 0
+
+
+def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
+    from dsv4 import hub
+    from dsv4.checkpoint import Checkpoint
+    from dsv4.files import Folder
+    from dsv4.loading import DEFAULT_MODEL
+    from dsv4.tokenizer import TOKENIZER_FILE
+
+    path = str(DEFAULT_MODEL) if args.path is None else args.path
+    needs = dsv4.plan(path, args.context, args.batch)
+    config = asdict(needs.config)
+    facts: dict[str, Any] = {
+        "path": path, "kind": f"{needs.config.num_hidden_layers} layers, from its config alone",
+        "config": config, "plan": needs.as_dict(), "plan_table": str(needs),
+    }
+    if hub.is_repo_id(path) or not Path(path).is_dir():
+        return facts
+    with Checkpoint.open(path) as checkpoint, Folder(path) as folder:
+        facts |= {
+            "kind": checkpoint.kind, "shards": len(checkpoint.shards),
+            "tensors": len(checkpoint.tensors), "nbytes": checkpoint.nbytes,
+            "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
+            "draft": checkpoint.draft, "tokenizer": folder.has(TOKENIZER_FILE),
+            "warnings": list(checkpoint.warnings),
+        }
+    return facts
+
+
+def _machine_facts() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from dsv4 import _core
+
+    versions = {"dsv4": dsv4.__version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("numpy", "tokenizers")}
+    versions["platform"] = platform.platform()
+    return {
+        "versions": versions,
+        "cpu": {name: "yes" if has else "no" for name, has in _core.cpu_sets()},
+        "kernels": dsv4.kernel_info(),
+    }
+
+
+# ---- verify ----
+
+def _verify(args: argparse.Namespace) -> int:
+    report = import_module("dsv4.verify").verify(args.path)
+    print(json.dumps(report.as_dict()) if args.json else report)
+    return 0 if report.ok else FAILED

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a folder or a hub id to a model.
+
+The folder is read and checked (`dsv4.checkpoint`), what it needs is compared with what is free,
+and the tensors are handed to the engine, which uses them where they lie.  Source: DESIGN 5, 7.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4 import _core, hub
+from dsv4.checkpoint import Checkpoint, TensorInfo
+from dsv4.config import Config
+from dsv4.errors import BackendUnavailable, FormatError
+from dsv4.files import Folder
+from dsv4.memory import check_memory, plan
+from dsv4.model import Model
+from dsv4.sampling import GENERATION_CONFIG_FILE
+from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+MAX_THREADS = 4096
+NUMERICS = {"official": 0, "weights": 1}
+# safetensors dtype -> enum dsv4_dtype of csrc/dsv4.h
+DTYPES = {"I64": 0, "I32": 1, "F32": 2, "F16": 3, "BF16": 4, "F8_E4M3": 5, "F8_E8M0": 6, "F4": 7}
+MAX_GENERATION_CONFIG_BYTES = 1 << 20
+# the memory a load asks for includes one sequence of so many tokens (or the model's longest)
+USUAL_CONTEXT = 4096
+
+
+def load(
+    path: str | os.PathLike[str] | None = None, *, device: str = "auto",
+    threads: int | None = None, numerics: str = "official", mmap: bool = True,
+    verify: str | None = None, revision: str | None = None, local_files_only: bool = False,
+    april_kv: bool = False, april_shared: bool = False,
+) -> Model:
+    """Load a model.
+
+    Parameters
+    ----------
+    path : path or str, optional
+        A checkpoint folder, or a hub id such as "deepseek-ai/DeepSeek-V4-Flash".  Without it, the
+        small model inside the package.
+    device : "auto" or "cpu"
+        Where it runs.
+    threads : int, optional
+        Threads of its team; by default DSV4_NUM_THREADS, then OMP_NUM_THREADS, then one per
+        processor this process may use.  It changes the speed, never a bit of the results.
+    numerics : "official" or "weights"
+        "official" computes what the published code does, rounding points included; "weights" does
+        not round the inputs of linear layers to FP8.
+    mmap : bool
+        Use the weights where the files are mapped.  False reads them into memory of this process:
+        for file systems on which files may shrink while they are used.
+    verify : "crc" or "sha256", optional
+        Compare all weights with their checksums first (`dsv4.checksums`).
+    revision : str, optional
+        Branch, tag or commit of a hub id.
+    local_files_only : bool
+        Never use the network.
+    april_kv, april_shared : bool
+        Repeat two deviations of the code published in April: KV rows not rounded to FP8, the
+        shared expert not clamped.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FormatError
+        A file is not what it says: names the file, tensor and rule.
+    FileNotFoundError
+        There is no such folder, or no such repository.
+    MemoryError
+        It does not fit; says what is needed, what is free and what would fit.
+    BackendUnavailable
+        The device is not available.
+    ValueError, TypeError
+        An argument out of range.
+
+    Notes
+    -----
+    DSV4_CPU_DISABLE=avx512,... leaves instruction sets unused.  On a terminal a progress bar is
+    shown, unless DSV4_DISABLE_PROGRESS is set; nothing else is printed.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> with dsv4.load() as model:
+    ...     model.config.num_hidden_layers > 5
+    True
+    """
+    options = _options(device, threads, numerics, mmap, april_kv, april_shared)
+    if verify not in (None, "crc", "sha256"):
+        raise ValueError(f"verify: got {verify!r}, wanted 'crc', 'sha256' or None")
+    if path is None:
+        folder = DEFAULT_MODEL
+    else:
+        folder = hub.resolve(path, revision, local_files_only)
+    with Checkpoint.open(folder) as checkpoint:
+        if verify is not None:
+            from dsv4 import checksums
+
+            checksums.verify(folder, verify)
+        context = min(USUAL_CONTEXT, checkpoint.config.max_position_embeddings)
+        needs = plan(folder, context=context)
+        check_memory(needs)
+        tokenizer, defaults = _text_files(folder, checkpoint.config)
+        with _Progress(str(folder)) as progress:
+            core = _core.Model(
+                _engine_config(checkpoint.config),
+                [(shard.name, shard.fd, shard.size) for shard in checkpoint.shards],
+                [_engine_tensor(info) for info in checkpoint.tensors.values()], options, progress,
+            )
+        return Model(core, checkpoint, tokenizer, defaults, needs, options)
+
+
+def kernel_info() -> dict[str, str]:
+    """Which variant of each operation this machine runs.
+
+    Returns
+    -------
+    dict of str to str
+        Operation to variant: "ref" is portable C, the others are named after the instruction set
+        they need.  All give the same bits.  DSV4_CPU_DISABLE is honoured.
+
+    Raises
+    ------
+    ValueError
+        DSV4_CPU_DISABLE names an unknown instruction set.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> set(dsv4.kernel_info().values()) != set()
+    True
+    """
+    variants = _core.kernel_variants(os.environ.get("DSV4_CPU_DISABLE") or None)
+    return {op: variant for op, variant, _, chosen in variants if chosen}
+
+
+def _options(
+    device: object, threads: object, numerics: object, mmap: object, april_kv: object,
+    april_shared: object,
+) -> dict[str, Any]:
+    if device == "cuda":
+        raise BackendUnavailable(
+            "device: got 'cuda', but this build runs on CPUs only; use device='cpu' or 'auto'")
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device: got {device!r}, wanted 'auto' or 'cpu'")
+    if not isinstance(numerics, str) or numerics not in NUMERICS:
+        raise ValueError(f"numerics: got {numerics!r}, wanted 'official' or 'weights'")
+    flags = {"mmap": mmap, "april_kv": april_kv, "april_shared": april_shared}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    return dict(
+        numerics=NUMERICS[numerics], april_kv=int(april_kv is True),
+        april_shared=int(april_shared is True), n_thread=_thread_count(threads), chunk_tok=0,
+        use_mmap=int(mmap is True), disable=os.environ.get("DSV4_CPU_DISABLE") or None,
+    )
+
+
+def _thread_count(threads: object) -> int:
+    """The number asked for, by argument or environment; 0 for the engine's own choice."""
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int | np.integer):
+            raise TypeError(f"threads: got {type(threads).__name__}, wanted an int or None")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads: got {threads}, wanted 1 to {MAX_THREADS}")
+        return int(threads)
+    value = os.environ.get("DSV4_NUM_THREADS")
+    if value:
+        if not value.isdecimal() or not 1 <= int(value[:9]) <= MAX_THREADS:
+            raise ValueError(f"DSV4_NUM_THREADS: got {value!r}, wanted 1 to {MAX_THREADS}")
+        return int(value)
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    usable = first.isdecimal() and 1 <= int(first[:9]) <= MAX_THREADS
+    return int(first) if usable else 0
+
+
+def _text_files(folder: Path, config: Config) -> tuple[Tokenizer | None, dict[str, Any]]:
+    """The tokenizer and the sampling defaults of a folder, as far as it has them."""
+    tokenizer = None
+    defaults: dict[str, Any] = {"eos_token_id": config.eos_token_id}
+    with Folder(folder) as files:
+        if files.has(GENERATION_CONFIG_FILE):
+            found = files.read_json(GENERATION_CONFIG_FILE, MAX_GENERATION_CONFIG_BYTES)
+            if not isinstance(found, dict):
+                raise FormatError(file=GENERATION_CONFIG_FILE, rule="JSON",
+                                  got=type(found).__name__, wanted="an object")
+            defaults |= {k: v for k, v in found.items() if v is not None}
+        if files.has(TOKENIZER_FILE):
+            tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise FormatError(file=TOKENIZER_FILE, rule="ids", got=f"{tokenizer.vocab_size} ids",
+                          wanted=f"at most vocab_size = {config.vocab_size}")
+    return tokenizer, defaults
+
+
+def _engine_config(config: Config) -> dict[str, Any]:
+    """The fields of struct dsv4_config."""
+    scaling = config.rope_scaling
+    same = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+        "qk_rope_head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "moe_intermediate_size",
+        "n_routed_experts", "num_experts_per_tok", "num_hash_layers", "sliding_window",
+        "index_n_heads", "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters",
+        "max_position_embeddings", "rope_theta", "compress_rope_theta", "rms_norm_eps", "hc_eps",
+        "routed_scaling_factor", "swiglu_limit", "compress_ratios",
+    )
+    return {name: getattr(config, name) for name in same} | {
+        "yarn_factor": scaling.factor, "yarn_beta_fast": scaling.beta_fast,
+        "yarn_beta_slow": scaling.beta_slow,
+        "yarn_original_positions": scaling.original_max_position_embeddings,
+    }
+
+
+def _engine_tensor(info: TensorInfo) -> tuple[str, int, tuple[int, ...], int, int, int]:
+    """One row of the table for the engine: bytes are E8M0 scales or pairs of FP4 codes."""
+    dtype, shape = info.dtype, info.shape
+    if dtype in ("I8", "U8"):
+        dtype = "F8_E8M0" if info.name.endswith(".scale") else "F4"
+        if dtype == "F4":
+            shape = (*shape[:-1], 2 * shape[-1])
+    return info.name, DTYPES[dtype], shape, info.shard, info.offset, info.nbytes
+
+
+class _Progress:
+    """A bar on a terminal for loads that take longer than half a second; else nothing.
+
+    The engine calls it with bytes done and bytes in all.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        shown = sys.stderr is not None and sys.stderr.isatty()
+        off = os.environ.get("DSV4_DISABLE_PROGRESS", "") not in ("", "0")
+        if off or not shown or threading.current_thread() is not threading.main_thread():
+            return None
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return None
+        self.bar = tqdm(
+            desc=f"loading {self.name}", unit="B", unit_scale=True, delay=0.5, leave=False)
+        return self._show
+
+    def _show(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

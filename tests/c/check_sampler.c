@@ -1,0 +1,709 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The sampler against a slow restatement of its contract (full sort, running sums, libm), against
+ * the softmax by counting, against published Philox vectors, and against a checksum that is the
+ * same on every machine.
+ */
+#include "check.h"
+
+#include "gen/sampler.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SMALL_VOCAB = 1500, LARGE_VOCAB = 129280 };
+
+static struct dsv4_sampling plain(void) {
+    return (struct dsv4_sampling){.temperature = 1.0f,
+                                  .top_p = 1.0f,
+                                  .repetition_penalty = 1.0f,
+                                  .logprobs = -1,
+                                  .max_new_tokens = -1};
+}
+
+static dsv4_sampler *make(int32_t vocab, const struct dsv4_sampling *p) {
+    dsv4_sampler *s = NULL;
+    dsv4_error err = {.message = ""};
+    check_true(dsv4_sampler_create(&s, vocab, p, &err) == DSV4_OK, "create: %s", err.message);
+    return s;
+}
+
+static int32_t token_at(dsv4_sampler *s, const float *logits, int64_t position) {
+    struct dsv4_sample out;
+    dsv4_sampler_sample(s, logits, position, &out);
+    return out.token;
+}
+
+/* ---------------------------------------------------------------------------------------- Philox
+ */
+
+/* kat_vectors of Random123. */
+static void check_philox(void) {
+    static const uint32_t cases[3][10] = {
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0x408f276d,
+         0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09,
+         0x94fdcceb, 0x5001e420, 0x24126ea1},
+    };
+    for (int i = 0; i < 3; i++) {
+        uint32_t out[4];
+        dsv4_philox(out, cases[i], cases[i] + 4);
+        check_true(memcmp(out, cases[i] + 6, sizeof out) == 0, "Philox vector %d: %08x...", i,
+                   (unsigned)out[0]);
+    }
+}
+
+/* Within the stated error of the exponential; exact at 0, nothing below 2^-42. */
+static void check_weights(void) {
+    for (int i = 0; i < 100000; i++) {
+        double x = -29.5 * ldexp((double)(check_random() >> 11), -53);
+        double want = ldexp(exp(x), 42), error = want * 0x1p-46;
+        double got = (double)dsv4_softmax_weight(x);
+        check_true(got <= want + error && got + 1 > want - error, "weight of %.17g: %.0f, not %.3f",
+                   x, got, want);
+    }
+    check_true(dsv4_softmax_weight(0.0) == (uint64_t)1 << 42, "the weight of 0");
+    check_true(dsv4_softmax_weight(-29.112) == 1 && dsv4_softmax_weight(-29.113) == 0,
+               "weights around -42 log 2");
+    check_true(!dsv4_softmax_weight(-1e300) && !dsv4_softmax_weight(-HUGE_VAL) &&
+                   !dsv4_softmax_weight((double)NAN),
+               "weights of -1e300, -inf and NaN");
+}
+
+/* ---------------------------------------------------------------------- the contract, restated */
+
+struct slow {
+    const struct dsv4_sampling *p;
+    int32_t vocab, n_output;
+    int32_t produced[SMALL_VOCAB], prompt[SMALL_VOCAB];
+    float value[SMALL_VOCAB];
+    int32_t order[SMALL_VOCAB]; /* best first */
+    uint64_t weight[SMALL_VOCAB];
+    int dropped[SMALL_VOCAB];
+};
+
+static const float *sorted_by;
+
+static int compare_ids(const void *a, const void *b) {
+    int32_t i = *(const int32_t *)a, j = *(const int32_t *)b;
+    float x = isnan(sorted_by[i]) ? -INFINITY : sorted_by[i];
+    float y = isnan(sorted_by[j]) ? -INFINITY : sorted_by[j];
+    if (x != y)
+        return x > y ? -1 : 1;
+    return i < j ? -1 : 1;
+}
+
+static void sort_ids(int32_t *order, const float *v, int32_t n) {
+    for (int32_t i = 0; i < n; i++)
+        order[i] = i;
+    sorted_by = v;
+    qsort(order, (size_t)n, sizeof *order, compare_ids);
+}
+
+static void slow_values(struct slow *w, const float *logits) {
+    const struct dsv4_sampling *p = w->p;
+    memcpy(w->value, logits, (size_t)w->vocab * sizeof *logits);
+    for (int i = 0; i < p->n_bias; i++)
+        w->value[p->bias_ids[i]] += p->bias_values[i];
+    for (int i = 0; i < p->n_stop_ids; i++) {
+        if (w->n_output < p->min_new_tokens)
+            w->value[p->stop_ids[i]] = -INFINITY;
+    }
+    for (int32_t id = 0; id < w->vocab; id++) {
+        float v = w->value[id];
+        int32_t c = w->produced[id];
+        if (c || w->prompt[id])
+            v = v > 0 ? v / p->repetition_penalty : v * p->repetition_penalty;
+        v = v - p->frequency_penalty * (float)c;
+        v = v - p->presence_penalty * (float)(c > 0);
+        w->value[id] = v;
+    }
+}
+
+static uint64_t slow_total(const struct slow *w) {
+    uint64_t total = 0;
+    for (int32_t id = 0; id < w->vocab; id++)
+        total += w->dropped[id] ? 0 : w->weight[id];
+    return total;
+}
+
+/* Weights, then min_p, top_k and top_p over the sorted ids; returns the sum of what is left. */
+static uint64_t slow_filter(struct slow *w) {
+    const struct dsv4_sampling *p = w->p;
+    float high = w->value[w->order[0]];
+    for (int32_t id = 0; id < w->vocab; id++) {
+        double x = exp(((double)w->value[id] - (double)high) / (double)p->temperature);
+        w->weight[id] = isfinite(high) && !isnan(x) ? (uint64_t)ldexp(x, 42) : 0;
+        w->dropped[id] = w->weight[id] == 0 || (double)w->weight[id] < ldexp((double)p->min_p, 42);
+    }
+    for (int32_t i = 0, n = 0; p->top_k && i < w->vocab; i++) {
+        int32_t id = w->order[i];
+        if (!w->dropped[id] && ++n > p->top_k)
+            w->dropped[id] = 1;
+    }
+    double reach = (double)p->top_p * (double)slow_total(w);
+    uint64_t sum = 0;
+    for (int32_t i = 0; p->top_p < 1 && i < w->vocab; i++) {
+        int32_t id = w->order[i];
+        if (sum > 0 && (double)sum >= reach)
+            w->dropped[id] = 1;
+        sum += w->dropped[id] ? 0 : w->weight[id];
+    }
+    return slow_total(w);
+}
+
+static int32_t slow_token(struct slow *w, const float *logits, int64_t position) {
+    const struct dsv4_sampling *p = w->p;
+    if (w->n_output < p->n_force)
+        return p->force[w->n_output];
+    slow_values(w, logits);
+    sort_ids(w->order, w->value, w->vocab);
+    uint64_t total = p->temperature > 0 ? slow_filter(w) : 0;
+    if (total == 0)
+        return w->order[0];
+    uint32_t r[4], counter[4] = {(uint32_t)position, (uint32_t)(position >> 32), p->choice, 0};
+    uint32_t key[2] = {(uint32_t)p->seed, (uint32_t)(p->seed >> 32)};
+    dsv4_philox(r, counter, key);
+    __extension__ typedef unsigned __int128 wide;
+    uint64_t at = (uint64_t)((wide)((uint64_t)r[1] << 32 | r[0]) * total >> 64), sum = 0;
+    for (int32_t id = 0;; id++) {
+        sum += w->dropped[id] ? 0 : w->weight[id];
+        if (sum > at)
+            return id;
+    }
+}
+
+static enum dsv4_finish slow_finish(const struct slow *w, int32_t token) {
+    const struct dsv4_sampling *p = w->p;
+    for (int i = 0; i < p->n_stop_ids; i++) {
+        int done = w->n_output >= p->min_new_tokens && w->n_output >= p->n_force;
+        if (token == p->stop_ids[i] && done)
+            return DSV4_FINISH_STOP;
+    }
+    int full = p->max_new_tokens >= 0 && w->n_output >= p->max_new_tokens;
+    return full ? DSV4_FINISH_LENGTH : DSV4_FINISH_NONE;
+}
+
+/* log(sum of exp(l - l_max)) of a row in double. */
+struct log_sum {
+    double high, sum, log;
+    int32_t vocab;
+};
+
+static struct log_sum log_sum_of(const float *logits, int32_t vocab) {
+    struct log_sum l = {-INFINITY, 0, 0, vocab};
+    for (int32_t i = 0; i < vocab; i++)
+        l.high = (double)logits[i] > l.high ? (double)logits[i] : l.high;
+    for (int32_t i = 0; i < vocab; i++)
+        l.sum += isnan(logits[i]) ? 0 : exp((double)logits[i] - l.high);
+    l.log = log(l.sum);
+    return l;
+}
+
+/*
+ * The bound: the sum's rounding to f32, half an ulp; the f32 logarithm, 0.92 ulp; the weights' last
+ * place, 2^-42 each; the result's rounding, half an ulp.
+ */
+static void check_logprob(float got, const struct log_sum *l, float logit) {
+    double want = (double)logit - l->high - l->log;
+    if (!isfinite(l->high) || isnan(logit)) {
+        check_true(isnan(got), "log-probability %g, wanted NaN", (double)got);
+        return;
+    }
+    double bound = 0x1p-24 * (fmin(l->sum - 1, 1) + 2 * l->log + fabs(want)) + 0x1p-42 * l->vocab;
+    check_true(got == (float)want || fabs((double)got - want) <= bound,
+               "log-probability %.9g, wanted %.9g +- %.2g", (double)got, want, bound);
+}
+
+static void check_logprobs(const struct dsv4_sample *out, const float *logits, int32_t vocab) {
+    static int32_t order[SMALL_VOCAB];
+    struct log_sum l = log_sum_of(logits, vocab);
+    check_logprob(out->logprob, &l, logits[out->token]);
+    sort_ids(order, logits, vocab);
+    for (int32_t i = 0; i < out->n_top; i++) {
+        check_true(out->top_ids[i] == order[i], "alternative %d: %d, wanted %d", (int)i,
+                   (int)out->top_ids[i], (int)order[i]);
+        check_logprob(out->top_logprobs[i], &l, logits[order[i]]);
+    }
+}
+
+/* ------------------------------------------------------------------------------- random settings
+ */
+
+enum row_kind {
+    NORMAL,
+    EQUAL,
+    TIES,
+    ZEROS,
+    HOLES,
+    NANS,
+    HUGE_ROW,
+    PEAK,
+    ALL_MINUS_INF,
+    ALL_NAN,
+    PLUS_INF,
+    ROW_KINDS
+};
+
+static float row_value(enum row_kind kind) {
+    float x = 4 * check_normal();
+    switch (kind) {
+    case EQUAL:
+        return -3.25f;
+    case TIES:
+        return (float)check_below(5);
+    case ZEROS:
+        return check_below(2) ? 0.0f : -0.0f;
+    case HOLES:
+        return check_below(3) ? x : -INFINITY;
+    case NANS:
+        return check_below(3) ? x : NAN;
+    case HUGE_ROW:
+        return x * 2e37f;
+    case PEAK:
+        return check_below(50) ? x : 60.0f + x;
+    case ALL_MINUS_INF:
+        return -INFINITY;
+    case ALL_NAN:
+        return NAN;
+    case PLUS_INF:
+        return check_below(4) ? x : INFINITY;
+    default:
+        return x;
+    }
+}
+
+static void fill_row(float *row, int32_t vocab, enum row_kind kind) {
+    for (int32_t i = 0; i < vocab; i++)
+        row[i] = row_value(kind);
+}
+
+#define PICK(...) pick((const float[]){__VA_ARGS__}, sizeof (float[]){__VA_ARGS__} / sizeof(float))
+static float pick(const float *list, size_t n) {
+    return list[check_below((uint32_t)n)];
+}
+
+static int32_t *some_ids(int32_t n, int32_t vocab) {
+    int32_t *ids = check_bytes((size_t)n * sizeof *ids);
+    for (int32_t i = 0; i < n; i++)
+        ids[i] = (int32_t)check_below((uint32_t)vocab);
+    return ids;
+}
+
+static struct dsv4_sampling random_settings(int32_t vocab) {
+    struct dsv4_sampling p = plain();
+    p.seed = check_random();
+    p.choice = check_below(3);
+    p.temperature = PICK(0.0f, 0.3f, 1.0f, 1.0f, 2.5f, 100.0f, 1e-30f);
+    p.top_p = PICK(1.0f, 1.0f, 0.999f, 0.9f, 0.5f, 1e-6f, 1e-40f, 0x1.fffffep-1f);
+    p.min_p = PICK(0.0f, 0.0f, 1e-3f, 0.3f, 1.0f);
+    p.top_k = (int32_t[]){0, 0, 1, 2, 20, vocab, INT32_MAX}[check_below(7)];
+    p.logprobs = (int32_t[]){-1, 0, 1, 5, vocab}[check_below(5)];
+    p.logprobs = p.logprobs < vocab ? p.logprobs : vocab;
+    if (check_below(2)) {
+        p.repetition_penalty = PICK(1.0f, 1.3f, 0.5f, 100.0f);
+        p.frequency_penalty = PICK(0.0f, 0.7f, -0.4f, 2.0f);
+        p.presence_penalty = PICK(0.0f, 0.3f, -2.0f, 1.5f);
+    }
+    p.min_new_tokens = (int32_t)check_below(4);
+    p.max_new_tokens = check_below(2) ? -1 : p.min_new_tokens + (int32_t)check_below(4);
+    p.n_stop_ids = (int32_t)check_below(4);
+    p.stop_ids = some_ids(p.n_stop_ids, vocab);
+    p.n_force = check_below(3) ? 0 : (int32_t)check_below(4);
+    p.force = some_ids(p.n_force, vocab);
+    p.n_bias = check_below(2) ? 0 : (int32_t)check_below(5);
+    p.bias_ids = some_ids(p.n_bias, vocab);
+    float *values = check_bytes((size_t)p.n_bias * sizeof *values);
+    for (int32_t i = 0; i < p.n_bias; i++)
+        values[i] = PICK(-INFINITY, -100.0f, 0.5f, 5.0f, 100.0f, 1e30f);
+    p.bias_values = values;
+    return p;
+}
+
+/* One sampler, eight tokens of changing rows, each against the restatement. */
+static void compare_run(int32_t vocab, enum row_kind kind) {
+    static struct slow w;
+    struct dsv4_sampling p = random_settings(vocab);
+    dsv4_sampler *s = make(vocab, &p);
+    float *row = check_bytes((size_t)vocab * sizeof *row);
+    int32_t *prompt = some_ids(6, vocab);
+    memset(&w, 0, sizeof w);
+    w.p = &p;
+    w.vocab = vocab;
+    dsv4_sampler_seen(s, prompt, 6, 1);
+    for (int i = 0; i < 6; i++)
+        w.prompt[prompt[i]] = 1;
+    for (int64_t step = 0, position = (int64_t)(check_random() >> 2); step < 8; step++) {
+        struct dsv4_sample out;
+        fill_row(row, vocab, kind);
+        int32_t want = slow_token(&w, row, position + step);
+        dsv4_sampler_sample(s, row, position + step, &out);
+        check_true(out.token == want, "rows %d, vocab %d, step %d: token %d, wanted %d", kind,
+                   (int)vocab, (int)step, (int)out.token, (int)want);
+        w.n_output++;
+        w.produced[want]++;
+        enum dsv4_finish finish = slow_finish(&w, want);
+        check_true(out.finish == finish, "finish %d, wanted %d", out.finish, finish);
+        check_true(out.n_top == (p.logprobs > 0 ? p.logprobs : 0), "%d alternatives", out.n_top);
+        if (p.logprobs >= 0)
+            check_logprobs(&out, row, vocab);
+        if (finish == DSV4_FINISH_LENGTH)
+            break;
+    }
+    dsv4_sampler_destroy(s);
+    check_reset();
+}
+
+static void check_contract(void) {
+    static const int32_t sizes[] = {1, 2, 3, 17, 64, 1000, SMALL_VOCAB};
+    for (int kind = 0; kind < ROW_KINDS; kind++) {
+        for (int i = 0; i < 7; i++) {
+            for (int repeat = 0; repeat < (sizes[i] < 100 ? 60 : 6); repeat++)
+                compare_run(sizes[i], (enum row_kind)kind);
+        }
+    }
+}
+
+/* -------------------------------------------------------------------------------------- counting
+ */
+
+/* Counts against probabilities: chi-square within six deviations; what has none must not occur. */
+static void check_counts(const char *what, const int *counts, const double *prob, int32_t vocab,
+                         int n_draw) {
+    double chi = 0, rare = 0, rare_prob = 0, freedom = -1;
+    for (int32_t id = 0; id < vocab; id++) {
+        check_true(prob[id] > 0 || counts[id] == 0, "%s: token %d has no probability", what,
+                   (int)id);
+        double expected = prob[id] * n_draw;
+        if (expected < 10) {
+            rare += counts[id];
+            rare_prob += prob[id];
+            continue;
+        }
+        chi += (counts[id] - expected) * (counts[id] - expected) / expected;
+        freedom++;
+    }
+    if (rare_prob * n_draw >= 10) {
+        chi += (rare - rare_prob * n_draw) * (rare - rare_prob * n_draw) / (rare_prob * n_draw);
+        freedom++;
+    }
+    check_true(freedom <= 0 ? chi < 1e-6 : chi < freedom + 6 * sqrt(2 * freedom) + 6,
+               "%s: chi-square %.1f with %g degrees of freedom", what, chi, freedom);
+}
+
+/* Softmax at the temperature, narrowed to the n_best of the row (already sorted), renormalised. */
+static void softmax(double *prob, const float *row, int32_t vocab, double temperature,
+                    int32_t n_best) {
+    double sum = 0;
+    for (int32_t id = 0; id < vocab; id++) {
+        prob[id] = id < n_best ? exp(((double)row[id] - (double)row[0]) / temperature) : 0;
+        sum += prob[id];
+    }
+    for (int32_t id = 0; id < vocab; id++)
+        prob[id] /= sum;
+}
+
+static void check_frequencies(void) {
+    enum { VOCAB = 60, DRAWS = 10000 };
+    static const struct {
+        const char *name;
+        float temperature, top_p, min_p;
+        int32_t top_k, n_best; /* what must be left: worked out for logits 0, -0.1, -0.2, ... */
+    } cases[] = {
+        {"temperature 1", 1, 1, 0, 0, VOCAB},
+        {"temperature 0.25", 0.25f, 1, 0, 0, VOCAB},
+        {"temperature 3", 3, 1, 0, 0, VOCAB},
+        {"top_k 7", 1, 1, 0, 7, 7},
+        {"top_p 0.5", 1, 0.5f, 0, 0, 7},            /* 1 - e^(-n/10) >= 0.5 (1 - e^-6): n >= 6.91 */
+        {"min_p 0.2", 1, 1, 0.2f, 0, 17},           /* e^(-n/10) >= 0.2: n <= 16.09, from 0 */
+        {"top_k 10, top_p 0.5", 1, 0.5f, 0, 10, 4}, /* 1 - e^(-n/10) >= 0.5 (1 - e^-1): n >= 3.80 */
+        {"min_p 0.5, top_p 0.8", 1, 0.8f, 0.5f, 0, 6}
+        /* 7 stay; 1 - e^(-n/10) >= 0.8 (1 - e^-0.7) */
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        for (int varied = 0; varied < 3; varied++) {
+            struct dsv4_sampling p = plain();
+            float row[VOCAB];
+            double prob[VOCAB];
+            int counts[VOCAB] = {0};
+            for (int i = 0; i < VOCAB; i++)
+                row[i] = 12.0f - 0.1f * (float)i;
+            p.temperature = cases[c].temperature;
+            p.top_p = cases[c].top_p;
+            p.min_p = cases[c].min_p;
+            p.top_k = cases[c].top_k;
+            p.seed = check_random();
+            dsv4_sampler *s = varied == 0 ? make(VOCAB, &p) : NULL;
+            for (int i = 0; i < DRAWS; i++) {
+                p.seed += varied == 1;
+                p.choice += varied == 2;
+                dsv4_sampler *one = s ? s : make(VOCAB, &p);
+                counts[token_at(one, row, varied == 0 ? i : 1000)]++;
+                if (one != s)
+                    dsv4_sampler_destroy(one);
+            }
+            dsv4_sampler_destroy(s);
+            softmax(prob, row, VOCAB, (double)p.temperature, cases[c].n_best);
+            check_counts(cases[c].name, counts, prob, VOCAB, DRAWS);
+        }
+    }
+}
+
+/* -------------------------------------------------------------------------------- sizes and state
+ */
+
+/* Equal logits draw floor(r * vocab / 2^64), so every size is checked up to its last id. */
+static void check_sizes(void) {
+    static const int32_t sizes[] = {1, 2, 8191, 8192, 8193, LARGE_VOCAB};
+    for (int i = 0; i < 6; i++) {
+        int32_t vocab = sizes[i];
+        struct dsv4_sampling p = plain(), q = plain(), k = plain();
+        float *row = check_bytes((size_t)vocab * sizeof *row);
+        fill_row(row, vocab, EQUAL);
+        p.seed = q.seed = k.seed = check_random();
+        q.top_p = 0.5f;
+        k.top_k = vocab;
+        dsv4_sampler *free_one = make(vocab, &p), *half = make(vocab, &q), *all = make(vocab, &k);
+        for (uint32_t position = 0; position < 40; position++) {
+            uint32_t r[4], counter[4] = {position, 0, 0, 0};
+            uint32_t key[2] = {(uint32_t)p.seed, (uint32_t)(p.seed >> 32)};
+            dsv4_philox(r, counter, key);
+            double u = ldexp(r[1], -32) + ldexp(r[0], -64);
+            int32_t want = (int32_t)(u * vocab), want_half = (int32_t)(u * ((vocab + 1) / 2));
+            int32_t got = token_at(free_one, row, position);
+            check_true(got == want, "vocab %d: %d, wanted %d", (int)vocab, (int)got, (int)want);
+            check_true(token_at(all, row, position) == want, "top_k = vocab changes the token");
+            got = token_at(half, row, position);
+            check_true(got == want_half, "vocab %d, half: %d, wanted %d", (int)vocab, (int)got,
+                       (int)want_half);
+        }
+        dsv4_sampler_destroy(free_one);
+        dsv4_sampler_destroy(half);
+        dsv4_sampler_destroy(all);
+        check_reset();
+    }
+}
+
+static void check_large(void) {
+    float *row = check_bytes(LARGE_VOCAB * sizeof *row), top[4];
+    int32_t ids[4];
+    for (int repeat = 0; repeat < 4; repeat++) {
+        struct dsv4_sampling p = plain();
+        fill_row(row, LARGE_VOCAB, NORMAL);
+        row[LARGE_VOCAB - 1] = row[7] = 40.0f;
+        p.temperature = 0.0f;
+        dsv4_sampler *s = make(LARGE_VOCAB, &p);
+        check_true(token_at(s, row, repeat) == 7, "greedy takes the lower of two equal ids");
+        dsv4_sampler_destroy(s);
+        struct log_sum l = log_sum_of(row, LARGE_VOCAB);
+        check_logprob(dsv4_logprobs(ids, top, row, LARGE_VOCAB, 99, 4), &l, row[99]);
+        check_true(ids[0] == 7 && ids[1] == LARGE_VOCAB - 1 && top[0] == top[1], "the best two");
+        for (int i = 0; i < 4; i++)
+            check_logprob(top[i], &l, row[ids[i]]);
+    }
+    check_reset();
+}
+
+/* Tokens depend on seed, choice, position and row, not on history; positions beyond 2^32 count. */
+static void check_stateless(void) {
+    enum { VOCAB = 5000 };
+    float *row = check_bytes(VOCAB * sizeof *row);
+    struct dsv4_sampling p = plain();
+    int same_choice = 0, same_high = 0, same_seed = 0;
+    fill_row(row, VOCAB, NORMAL);
+    p.seed = 0x123456789abcdef0u;
+    p.top_p = 0.9f;
+    p.temperature = 3.0f; /* flat, so that two draws seldom agree */
+    dsv4_sampler *a = make(VOCAB, &p), *b = make(VOCAB, &p);
+    p.choice = 1;
+    dsv4_sampler *other_choice = make(VOCAB, &p);
+    p.choice = 0;
+    p.seed ^= (uint64_t)1 << 40;
+    dsv4_sampler *other_seed = make(VOCAB, &p);
+    int32_t forwards[100];
+    for (int i = 0; i < 100; i++) {
+        forwards[i] = token_at(a, row, i);
+        same_choice += token_at(other_choice, row, i) == forwards[i];
+        same_seed += token_at(other_seed, row, i) == forwards[i];
+        same_high += token_at(a, row, i + ((int64_t)1 << 32)) == forwards[i];
+    }
+    for (int i = 99; i >= 0; i--)
+        check_true(token_at(b, row, i) == forwards[i], "position %d depends on what was before", i);
+    check_true(same_choice < 10 && same_seed < 10 && same_high < 10,
+               "%d, %d, %d of 100 tokens are equal for another choice, seed, position", same_choice,
+               same_seed, same_high);
+    dsv4_sampler_destroy(a);
+    dsv4_sampler_destroy(b);
+    dsv4_sampler_destroy(other_choice);
+    dsv4_sampler_destroy(other_seed);
+    check_reset();
+}
+
+/* A sampler that is told prompt and output goes on like the one that made them. */
+static void check_resumed(void) {
+    enum { VOCAB = 40 };
+    static const int32_t stop[] = {3, 4, 5};
+    struct dsv4_sampling p = plain();
+    float row[VOCAB];
+    int32_t prompt[5] = {0, 7, 7, 39, 2}, made[30];
+    p.repetition_penalty = 1.2f;
+    p.frequency_penalty = 0.5f;
+    p.presence_penalty = 0.25f;
+    p.stop_ids = stop;
+    p.n_stop_ids = 3;
+    p.min_new_tokens = 25;
+    p.max_new_tokens = 30;
+    fill_row(row, VOCAB, NORMAL);
+    dsv4_sampler *a = make(VOCAB, &p);
+    dsv4_sampler_seen(a, prompt, 5, 1);
+    for (int cut = 0; cut < 30; cut++) {
+        dsv4_sampler *b = make(VOCAB, &p);
+        struct dsv4_sample x, y;
+        dsv4_sampler_seen(b, prompt, 5, 1);
+        dsv4_sampler_seen(b, made, cut, 0);
+        dsv4_sampler_sample(a, row, cut, &x);
+        dsv4_sampler_sample(b, row, cut, &y);
+        check_true(x.token == y.token && x.finish == y.finish, "resumed after %d tokens", cut);
+        made[cut] = x.token;
+        dsv4_sampler_destroy(b);
+    }
+    dsv4_sampler_destroy(a);
+}
+
+/* ------------------------------------------------------------------------------------ every
+ * machine */
+
+static void hash(uint64_t *sum, const void *data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++)
+        *sum = (*sum ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+}
+
+/* Tokens and the bits of log-probabilities for rows made of Philox words: one number everywhere. */
+static void check_machine(void) {
+    enum { VOCAB = 1000, WANT_TOP = 8 };
+    uint64_t sum = 0xcbf29ce484222325u;
+    for (uint32_t setting = 0; setting < 8; setting++) {
+        struct dsv4_sampling p = plain();
+        float row[VOCAB];
+        p.seed = setting;
+        p.logprobs = WANT_TOP;
+        p.temperature = 0.7f + 0.2f * (float)setting;
+        p.top_p = setting & 1 ? 0.9f : 1.0f;
+        p.top_k = setting & 2 ? 100 : 0;
+        p.repetition_penalty = setting & 4 ? 1.1f : 1.0f;
+        dsv4_sampler *s = make(VOCAB, &p);
+        for (uint32_t position = 0; position < 50; position++) {
+            struct dsv4_sample out;
+            for (uint32_t i = 0; i < VOCAB; i++) {
+                uint32_t r[4], counter[4] = {position, setting, i, 1}, key[2] = {0, 0};
+                dsv4_philox(r, counter, key);
+                row[i] = ldexpf((float)(int32_t)r[0], -28) - ldexpf((float)(r[1] >> 8), -22);
+            }
+            dsv4_sampler_sample(s, row, position, &out);
+            hash(&sum, &out.token, sizeof out.token);
+            hash(&sum, &out.logprob, sizeof out.logprob);
+            hash(&sum, out.top_ids, WANT_TOP * sizeof *out.top_ids);
+            hash(&sum, out.top_logprobs, WANT_TOP * sizeof *out.top_logprobs);
+        }
+        dsv4_sampler_destroy(s);
+    }
+    check_true(sum == 0xe85f0cef19d2ebd7u, "the checksum of this machine is %016llx",
+               (unsigned long long)sum);
+}
+
+/* ------------------------------------------------------------------------------------------
+ * refusals */
+
+static void refuse(const char *name, int32_t vocab, struct dsv4_sampling p) {
+    dsv4_sampler *s = NULL;
+    dsv4_error err = {.message = ""};
+    check_true(dsv4_sampler_create(&s, vocab, &p, &err) == DSV4_E_ARGUMENT && !s,
+               "a bad %s was accepted", name);
+    check_true(strncmp(err.message, name, strlen(name)) == 0 && strstr(err.message, "got ") &&
+                   strstr(err.message, ", wanted "),
+               "%s: message '%s'", name, err.message);
+}
+
+static void check_refusals(void) {
+    static const int32_t ids[] = {0, 9, 10, -1};
+    static const float biases[] = {0.0f, INFINITY, NAN};
+#define REFUSE(field, value)                                                                       \
+    do {                                                                                           \
+        struct dsv4_sampling p_ = plain();                                                         \
+        p_.field = value;                                                                          \
+        refuse(#field, 10, p_);                                                                    \
+    } while (0)
+    REFUSE(temperature, -0.1f);
+    REFUSE(temperature, NAN);
+    REFUSE(temperature, 101.0f);
+    REFUSE(top_p, 0.0f);
+    REFUSE(top_p, 1.001f);
+    REFUSE(top_p, NAN);
+    REFUSE(min_p, -0.001f);
+    REFUSE(min_p, 1.001f);
+    REFUSE(min_p, NAN);
+    REFUSE(presence_penalty, 2.1f);
+    REFUSE(frequency_penalty, -2.1f);
+    REFUSE(repetition_penalty, 0.0f);
+    REFUSE(repetition_penalty, INFINITY);
+    REFUSE(top_k, -1);
+    REFUSE(logprobs, -2);
+    REFUSE(logprobs, 11);
+    REFUSE(min_new_tokens, -1);
+    REFUSE(max_new_tokens, -2);
+#undef REFUSE
+    refuse("vocab", 0, plain());
+    refuse("vocab", DSV4_SAMPLER_MAX_VOCAB + 1, plain());
+    struct dsv4_sampling p = plain();
+    p.min_new_tokens = 5;
+    p.max_new_tokens = 4;
+    refuse("max_new_tokens", 10, p);
+    for (int n = 3; n <= 4; n++) {
+        const int32_t *bad = n == 3 ? ids : ids + 3;
+        int32_t count = n == 3 ? 3 : 1;
+        p = plain();
+        p.stop_ids = bad;
+        p.n_stop_ids = count;
+        refuse("stop_ids", 10, p);
+        p = plain();
+        p.force = bad;
+        p.n_force = count;
+        refuse("force", 10, p);
+        p = plain();
+        p.bias_ids = bad;
+        p.bias_values = biases;
+        p.n_bias = count;
+        refuse("bias_ids", 10, p);
+    }
+    p = plain();
+    p.n_force = 2;
+    refuse("force", 10, p);
+    p.n_force = 0;
+    p.bias_ids = ids;
+    p.n_bias = 2;
+    refuse("bias_values", 10, p);
+    p.bias_values = biases;
+    refuse("bias_values", 10, p);
+    p.bias_values = biases + 1;
+    p.n_bias = 1;
+    refuse("bias_values", 10, p);
+    p.bias_values = biases + 2;
+    refuse("bias_values", 10, p);
+    dsv4_sampler_destroy(NULL);
+}
+
+void check_sampler(void);
+void check_sampler(void) {
+    check_philox();
+    check_weights();
+    check_contract();
+    check_frequencies();
+    check_sizes();
+    check_large();
+    check_stateless();
+    check_resumed();
+    check_machine();
+    check_refusals();
+}

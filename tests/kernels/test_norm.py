@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean square, weighted norm, query head norm: every variant against vectors and the contract."""
+
+import numpy as np
+import pytest
+from calls import headnorm, mean_square, rmsnorm
+from compare import bf16, to_bf16, ulp_report
+from contract import dot, operand
+from contract import mean_square as contract_mean_square
+from door import variants
+
+F32 = np.float32
+
+
+@pytest.fixture(scope="module")
+def ops(vectors):
+    return np.load(vectors / "ops.npz")
+
+
+def each(op):
+    return pytest.mark.parametrize("v", variants(op), ids=lambda v: v.name)
+
+
+def random_bf16(seed, n, octaves=4.0):
+    g = np.random.default_rng(seed)
+    x = g.standard_normal(n) * 2.0 ** g.uniform(-octaves, octaves, n)
+    return to_bf16(x.astype(F32))
+
+
+SIZES = [*range(1, 67), 96, 127, 128, 255, 256, 1000, 1536, 4096, 7168]
+
+
+@each("mean_square")
+def test_mean_square_contract(v, vectors):
+    """Bit equality with contract.npz, and with the NumPy twin at every size around the lanes."""
+    stored = np.load(vectors / "contract.npz")
+    for x, want in zip(stored["bf16/x"], stored["mean_square/f32"], strict=True):
+        assert mean_square(v, x).tobytes() == want.tobytes()
+    for n in SIZES:
+        x = random_bf16(n, n, octaves=40.0)  # with operands below 2^-55, which count as zero
+        want = contract_mean_square(bf16(x)[None])[0]
+        assert mean_square(v, x).tobytes() == want.tobytes(), n
+
+
+def test_mean_square_flushes_operands():
+    for v in variants("mean_square"):
+        assert mean_square(v, np.full(64, 0x23FF, np.uint16)) == 0.0
+        assert mean_square(v, np.full(64, 0xA400, np.uint16)) == F32(2.0**-110)
+
+
+@each("rmsnorm")
+def test_rmsnorm_vectors(v, ops):
+    w = bf16(ops["rmsnorm/w"])
+    for x, y in zip(ops["rmsnorm/x"], ops["rmsnorm/y"], strict=True):
+        got = rmsnorm(v, x, w, ops["rmsnorm/eps"])
+        assert ulp_report(got, y)["max_ulp"] <= 1
+
+
+@each("rmsnorm")
+def test_rmsnorm_step_by_step(v):
+    """The product with the weight is one f32 product, rounded once."""
+    for n in SIZES:
+        x = random_bf16(n, n)
+        w = np.random.default_rng(n).standard_normal(n).astype(F32)
+        r = F32(1) / np.sqrt(contract_mean_square(bf16(x)[None])[0] + F32(1e-6))
+        assert (rmsnorm(v, x, w, 1e-6) == to_bf16(w * (bf16(x) * r))).all(), n
+
+
+@each("headnorm")
+def test_headnorm_vectors(v, ops):
+    """The vectors took the mean in f64: where it sits on a bf16 edge a head may differ."""
+    heads = ops["headnorm/x"].reshape(-1, 512)
+    want = ops["headnorm/y"].reshape(-1, 512)
+    equal = [
+        (headnorm(v, x, ops["headnorm/eps"]) == y).all() for x, y in zip(heads, want, strict=True)
+    ]
+    assert sum(equal) >= len(equal) - 1
+
+
+@each("headnorm")
+def test_headnorm_step_by_step(v):
+    """SPEC 3.1 in NumPy: square, mean, + eps, 1/sqrt, product, each rounded to bf16."""
+
+    def bf(x):
+        return bf16(to_bf16(np.asarray(x, F32)))
+
+    eps = F32(1e-6)
+    for n in SIZES[:70]:
+        for octaves in (2.0, 35.0):
+            x = bf16(random_bf16(n, n, octaves))
+            square = operand(bf(x * x))
+            m = bf(dot(square[None], np.ones((1, n), F32))[0, 0] / F32(n))
+            r = bf(F32(1) / np.sqrt(bf(m + bf(eps))))
+            assert (headnorm(v, to_bf16(x), 1e-6) == to_bf16(x * r)).all(), n
