@@ -133,8 +133,8 @@ typedef void dsv4k_rope_fn(dsv4_bf16 *x, const float *cos, const float *sin, int
 
 /*
  * The collapse of one token's streams.  dots[o] = dot(fn[o], streams) comes from a linear layer with f32 weights.
- * r = 1 / sqrt(mean_square(streams) + norm_eps); m[o] = dots[o] * r; pre, post, comb and Sinkhorn as SPEC 2.2 (sums by
- * index ascending, plain; m * scale + base as product, then add); x[c] = bf16(sum_j pre[j] * stream[j][c]), j
+ * r = 1 / sqrt(mean_square(streams) + norm_eps); m[o] = dots[o] * r; post, comb and Sinkhorn as SPEC 2.2 (sums by
+ * index ascending, plain; m * scale + base as product, then add); pre from dots in double, rounded once; x[c] = bf16(sum_j pre[j] * stream[j][c]), j
  * ascending, each step fused from 0 (fmaf(pre, stream, acc)).  post == NULL: the head's collapse (SPEC 2.4), dots has
  * hc entries and comb is ignored.
  */

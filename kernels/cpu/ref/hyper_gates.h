@@ -39,14 +39,19 @@ static inline void dsv4_sinkhorn(float *comb, int32_t hc, int32_t iters, float e
     }
 }
 
-/* pre [hc] from the mean square of the streams; post and comb of `a` unless this is the head's
- * collapse. */
+/*
+ * pre [hc] from the mean square of the streams; post and comb of `a` unless this is the head's collapse.  pre is
+ * evaluated in double and rounded once: it decides the roundings of everything a sublayer reads.
+ */
 static inline void dsv4_hc_gates(float pre[DSV4_HC_MAX], const struct dsv4_hc_pre_args *a,
                                  float mean_square) {
     int32_t hc = a->hc;
     float r = 1.0f / sqrtf(mean_square + a->norm_eps);
-    for (int32_t j = 0; j < hc; j++)
-        pre[j] = dsv4_sigmoidf(a->dots[j] * r * a->scale[0] + a->base[j]) + a->hc_eps;
+    double r_wide = 1.0 / sqrt((double)mean_square + (double)a->norm_eps);
+    for (int32_t j = 0; j < hc; j++) {
+        double z = a->dots[j] * r_wide * a->scale[0] + a->base[j];
+        pre[j] = (float)(1.0 / (1.0 + dsv4_exp(-z)) + (double)a->hc_eps);
+    }
     if (!a->post)
         return;
     for (int32_t j = 0; j < hc; j++)
