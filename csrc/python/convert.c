@@ -48,8 +48,7 @@ PyObject *array_view(const void *data, uint64_t nbytes, PyObject *owner) {
     return array;
 }
 
-/* -----------------------------------------------------------------------------------------------------------
- * ids */
+/* ---- ids ---- */
 
 static int id_out_of_range(const char *name, Py_ssize_t i, PyObject *got, int64_t limit) {
     if (got)
@@ -175,8 +174,7 @@ PyObject *token_ids_function(PyObject *Py_UNUSED(module), PyObject *args) {
     return array;
 }
 
-/* --------------------------------------------------------------------------------------------------------
- * arrays */
+/* ---- arrays ---- */
 
 void *convert_array(PyObject *object, const char *name, enum array_type type, int rank,
                     int64_t *shape) {

@@ -30,8 +30,16 @@ static inline struct module_state *state_of(PyTypeObject *type) {
     return (struct module_state *)PyType_GetModuleState(type);
 }
 
-/* -------------------------------------------------------------------------------------------------------
- * objects */
+/* ---- objects ---- */
+
+enum { TICK_MS = 50 }; /* between two looks at pending signals; a fifth of the 250 ms of a Ctrl-C */
+
+/* Who may run a step of a model now, and who waits for it (queue.c). */
+struct queue {
+    struct waiter *first, *last;
+    unsigned long owner; /* thread whose turn it is */
+    int busy;
+};
 
 /* The engine's model with one owner count: a PyCapsule around this.  The Model object, its
  * sessions, array views and running steps each hold the capsule, so that close() never takes memory
@@ -39,26 +47,37 @@ static inline struct module_state *state_of(PyTypeObject *type) {
 struct handle {
     dsv4_model *model; /* owned */
     pid_t pid;         /* the process that loaded it */
+    struct queue queue;
 };
 
 typedef struct {
-    PyObject_HEAD PyObject *handle; /* owned capsule; NULL once closed */
+    PyObject_HEAD
+    PyObject *handle; /* owned capsule; NULL once closed */
     int32_t vocab;
 } ModelObject;
 
 typedef struct {
-    PyObject_HEAD PyObject *handle; /* owned capsule of its model */
-    dsv4_session *session;          /* owned; NULL once closed */
-    Py_ssize_t in_use; /* steps that run with it now; close() is refused while positive */
+    PyObject_HEAD
+    PyObject *handle;      /* owned capsule of its model */
+    dsv4_session *session; /* owned; NULL once closed */
+    Py_ssize_t in_step;    /* steps that run or wait with it */
+    Py_ssize_t in_call;    /* other calls; close() is refused while either is positive */
 } SessionObject;
 
 typedef struct {
-    PyObject_HEAD dsv4_sampler *sampler; /* owned */
+    PyObject_HEAD
+    dsv4_sampler *sampler; /* owned */
     int32_t vocab;
     Py_ssize_t in_use; /* steps that run with it now: a second one is refused */
 } SamplerObject;
 
 extern PyType_Spec model_spec, session_spec, sampler_spec;
+
+/* Waits for this thread's turn to run a step; -1 with an exception set (Ctrl-C), then without it.
+ * Between enter and leave no other thread is inside dsv4_step_start or holds a session's lock for
+ * long. */
+int queue_enter(struct queue *queue);
+void queue_leave(struct queue *queue);
 
 /* The handle inside a capsule of ours. */
 struct handle *handle_of(PyObject *capsule);
@@ -89,14 +108,12 @@ int fields_from_dict(void *out, const struct field *fields, size_t n, PyObject *
 /* _core.logprobs, a function of the module: log-softmax of rows of logits. */
 PyObject *logprobs_function(PyObject *module, PyObject *args);
 
-/* --------------------------------------------------------------------------------------------------------
- * errors */
+/* ---- errors ---- */
 
 /* Sets the exception of a failed status (never DSV4_OK) and returns NULL. */
 PyObject *raise_status(const struct module_state *state, dsv4_status status, const dsv4_error *err);
 
-/* --------------------------------------------------------------------------------------------------------
- * arrays */
+/* ---- arrays ---- */
 
 enum array_type { ARRAY_U8, ARRAY_U16, ARRAY_I32, ARRAY_F32 };
 

@@ -71,8 +71,10 @@ static PyObject *kernel_variants(PyObject *module, PyObject *disable) {
     struct dsv4_kernels table;
     const struct dsv4_variant *chosen[DSV4_OP_COUNT];
     const char *unknown;
-    Py_BEGIN_ALLOW_THREADS unknown = dsv4k_cpu_init(&table, chosen, names);
-    Py_END_ALLOW_THREADS if (unknown) {
+    Py_BEGIN_ALLOW_THREADS
+    unknown = dsv4k_cpu_init(&table, chosen, names);
+    Py_END_ALLOW_THREADS
+    if (unknown) {
         raise_unknown_set(unknown);
         return NULL;
     }

@@ -8,8 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ---------------------------------------------------------------------------------------------------------
- * handle */
+/* ---- handle ---- */
 
 static const char handle_name[] = "dsv4._core.handle";
 
@@ -21,7 +20,8 @@ static void handle_destroy(PyObject *capsule) {
     struct handle *handle = handle_of(capsule);
     /* The threads of the model do not exist in a forked child: waiting for them would never end. */
     if (handle->pid == getpid()) {
-        Py_BEGIN_ALLOW_THREADS dsv4_model_destroy(handle->model);
+        Py_BEGIN_ALLOW_THREADS
+        dsv4_model_destroy(handle->model);
         Py_END_ALLOW_THREADS
     }
     PyMem_Free(handle);
@@ -39,8 +39,7 @@ static PyObject *handle_new(void) {
     return capsule;
 }
 
-/* -----------------------------------------------------------------------------------------------------
- * parameters */
+/* ---- parameters ---- */
 
 static const struct field config_fields[] = {
 #define FIELD(name, type) {#name, offsetof(struct dsv4_config, name), type}
@@ -201,8 +200,7 @@ static int parse_tensors(struct load_args *a, PyObject *object) {
     return 0;
 }
 
-/* -----------------------------------------------------------------------------------------------------------
- * load */
+/* ---- load ---- */
 
 struct progress {
     PyObject *callable;   /* borrowed from the call, or NULL */
@@ -289,8 +287,7 @@ static void model_dealloc(ModelObject *self) {
     Py_DECREF(type);
 }
 
-/* ---------------------------------------------------------------------------------------------------------
- * methods */
+/* ---- methods ---- */
 
 PyObject *open_handle(const struct module_state *state, ModelObject *self) {
     if (!self->handle) {

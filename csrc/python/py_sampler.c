@@ -154,8 +154,10 @@ static PyObject *sampler_sample(SamplerObject *self, PyObject *args) {
     PyObject *result = NULL;
     if (refuse_busy(self) == 0) {
         self->in_use++;
-        Py_BEGIN_ALLOW_THREADS dsv4_sampler_sample(self->sampler, logits, position, &sample);
-        Py_END_ALLOW_THREADS result = sample_to_python(&sample);
+        Py_BEGIN_ALLOW_THREADS
+        dsv4_sampler_sample(self->sampler, logits, position, &sample);
+        Py_END_ALLOW_THREADS
+        result = sample_to_python(&sample);
         self->in_use--;
     }
     PyMem_Free(logits);
@@ -209,9 +211,10 @@ PyObject *logprobs_function(PyObject *Py_UNUSED(module), PyObject *args) {
     for (int32_t i = 0; result && i < n; i++) {
         const float *row = logits + (size_t)i * (size_t)shape[1];
         float logprob;
-        Py_BEGIN_ALLOW_THREADS logprob =
-            dsv4_logprobs(top_ids, top, row, (int32_t)shape[1], ids[i], k);
-        Py_END_ALLOW_THREADS PyObject *list = top_list(top_ids, top, k);
+        Py_BEGIN_ALLOW_THREADS
+        logprob = dsv4_logprobs(top_ids, top, row, (int32_t)shape[1], ids[i], k);
+        Py_END_ALLOW_THREADS
+        PyObject *list = top_list(top_ids, top, k);
         PyObject *pair = list ? Py_BuildValue("(dN)", (double)logprob, list) : NULL;
         if (!pair)
             Py_CLEAR(result);

@@ -34,9 +34,10 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         return NULL;
     self->handle = Py_NewRef(model->handle);
     dsv4_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        dsv4_session_create(&self->session, handle_of(self->handle)->model, &err);
-    Py_END_ALLOW_THREADS if (status) {
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_session_create(&self->session, handle_of(self->handle)->model, &err);
+    Py_END_ALLOW_THREADS
+    if (status) {
         raise_status(state, status, &err);
         Py_CLEAR(self);
     }
@@ -50,7 +51,8 @@ static void session_release(SessionObject *self) {
      * process. */
     if (!session || handle_of(self->handle)->pid != getpid())
         return;
-    Py_BEGIN_ALLOW_THREADS dsv4_session_destroy(session);
+    Py_BEGIN_ALLOW_THREADS
+    dsv4_session_destroy(session);
     Py_END_ALLOW_THREADS
 }
 
@@ -63,7 +65,7 @@ static void session_dealloc(SessionObject *self) {
 }
 
 static PyObject *session_close(SessionObject *self, PyObject *Py_UNUSED(ignored)) {
-    if (self->in_use) {
+    if (self->in_step || self->in_call) {
         PyErr_SetString(PyExc_RuntimeError,
                         "the session is in use by a running step of another thread");
         return NULL;
@@ -72,28 +74,54 @@ static PyObject *session_close(SessionObject *self, PyObject *Py_UNUSED(ignored)
     Py_RETURN_NONE;
 }
 
-/* Engine calls that take the session's lock: `in_use` keeps a close() of another thread away
- * meanwhile. */
+/*
+ * Engine calls that take the session's lock, which a running step holds to its end: then they wait
+ * for their turn after it, where Ctrl-C reaches them.  `in_call` keeps a close() of another thread
+ * away meanwhile.
+ */
+static dsv4_session *call_enter(const struct module_state *state, SessionObject *self,
+                                int *queued) {
+    dsv4_session *session = session_of(state, self);
+    if (!session)
+        return NULL;
+    *queued = self->in_step > 0;
+    self->in_call++;
+    if (*queued && queue_enter(&handle_of(self->handle)->queue) < 0) {
+        self->in_call--;
+        return NULL;
+    }
+    return session;
+}
+
+static void call_leave(SessionObject *self, int queued) {
+    self->in_call--;
+    if (queued)
+        queue_leave(&handle_of(self->handle)->queue);
+}
 
 static PyObject *session_position(SessionObject *self, void *Py_UNUSED(closure)) {
-    dsv4_session *session = session_of(state_of(Py_TYPE(self)), self);
+    int queued;
+    dsv4_session *session = call_enter(state_of(Py_TYPE(self)), self, &queued);
     if (!session)
         return NULL;
     int32_t position;
-    self->in_use++;
-    Py_BEGIN_ALLOW_THREADS position = dsv4_session_position(session);
-    Py_END_ALLOW_THREADS self->in_use--;
+    Py_BEGIN_ALLOW_THREADS
+    position = dsv4_session_position(session);
+    Py_END_ALLOW_THREADS
+    call_leave(self, queued);
     return PyLong_FromLong(position);
 }
 
 static PyObject *session_bytes(SessionObject *self, void *Py_UNUSED(closure)) {
-    dsv4_session *session = session_of(state_of(Py_TYPE(self)), self);
+    int queued;
+    dsv4_session *session = call_enter(state_of(Py_TYPE(self)), self, &queued);
     if (!session)
         return NULL;
     uint64_t fixed, grown;
-    self->in_use++;
-    Py_BEGIN_ALLOW_THREADS dsv4_session_bytes(session, &fixed, &grown);
-    Py_END_ALLOW_THREADS self->in_use--;
+    Py_BEGIN_ALLOW_THREADS
+    dsv4_session_bytes(session, &fixed, &grown);
+    Py_END_ALLOW_THREADS
+    call_leave(self, queued);
     return Py_BuildValue("(KK)", (unsigned long long)fixed, (unsigned long long)grown);
 }
 
@@ -101,9 +129,6 @@ static PyObject *session_tokens(SessionObject *self, PyObject *args) {
     struct module_state *state = state_of(Py_TYPE(self));
     int first, n;
     if (!PyArg_ParseTuple(args, "ii:tokens", &first, &n))
-        return NULL;
-    dsv4_session *session = session_of(state, self);
-    if (!session)
         return NULL;
     if (n < 0) {
         PyErr_Format(PyExc_ValueError, "n: got %d, wanted 0 or more", n);
@@ -114,11 +139,18 @@ static PyObject *session_tokens(SessionObject *self, PyObject *args) {
     PyObject *array = array_new(ARRAY_I32, 1, shape, &out);
     if (!array)
         return NULL;
+    int queued;
+    dsv4_session *session = call_enter(state, self, &queued);
+    if (!session) {
+        Py_DECREF(array);
+        return NULL;
+    }
     dsv4_error err = {0};
     dsv4_status status;
-    self->in_use++;
-    Py_BEGIN_ALLOW_THREADS status = dsv4_session_tokens(session, out, first, n, &err);
-    Py_END_ALLOW_THREADS self->in_use--;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_session_tokens(session, out, first, n, &err);
+    Py_END_ALLOW_THREADS
+    call_leave(self, queued);
     if (status) {
         Py_DECREF(array);
         return raise_status(state, status, &err);
@@ -131,9 +163,6 @@ static PyObject *session_rows(SessionObject *self, PyObject *args) {
     int layer, kind, first, n;
     if (!PyArg_ParseTuple(args, "iiii:rows", &layer, &kind, &first, &n))
         return NULL;
-    dsv4_session *session = session_of(state, self);
-    if (!session)
-        return NULL;
     if (n < 0 || kind < DSV4_ROWS_WINDOW || kind > DSV4_ROWS_INDEX) {
         PyErr_Format(PyExc_ValueError, "rows: got kind %d and n %d, wanted kind 0 to 2 and n >= 0",
                      kind, n);
@@ -145,11 +174,18 @@ static PyObject *session_rows(SessionObject *self, PyObject *args) {
     PyObject *array = array_new(ARRAY_U16, 2, shape, &out);
     if (!array)
         return NULL;
+    int queued;
+    dsv4_session *session = call_enter(state, self, &queued);
+    if (!session) {
+        Py_DECREF(array);
+        return NULL;
+    }
     dsv4_error err = {0};
     dsv4_status status;
-    self->in_use++;
-    Py_BEGIN_ALLOW_THREADS status = dsv4_session_rows(session, layer, kind, out, first, n, &err);
-    Py_END_ALLOW_THREADS self->in_use--;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_session_rows(session, layer, kind, out, first, n, &err);
+    Py_END_ALLOW_THREADS
+    call_leave(self, queued);
     if (status) {
         Py_DECREF(array);
         return raise_status(state, status, &err);

@@ -7,12 +7,7 @@
  */
 #include "py_step.h"
 
-enum {
-    TICK_MS = 50
-}; /* between two looks at pending signals; a fifth of the 250 ms that Ctrl-C may take */
-
-/* -----------------------------------------------------------------------------------------------------------
- * probe */
+/* ---- probe ---- */
 
 enum { PROBE_PARTS = 6 };
 
@@ -76,36 +71,41 @@ static void probe_free(struct probe_args *a) {
     Py_XDECREF(a->dict);
 }
 
-/* ------------------------------------------------------------------------------------------------------------
- * wait */
+/* ---- wait ---- */
 
 /*
- * Waits for a run and frees it; 0, or -1 with an exception set.  When a signal handler raises
- * (Ctrl-C), the run is cancelled and that exception is the result, once: later signals are left to
- * the interpreter.
+ * Waits for a run and frees it; DSV4_OK, or another status with an exception set.  When a signal
+ * handler raises (Ctrl-C), the run is cancelled and that exception is the result, once: later
+ * signals are left to the interpreter.
  */
-static int finish_run(const struct module_state *state, dsv4_run *run) {
+static dsv4_status finish_run(const struct module_state *state, dsv4_run *run) {
     int running = 1, interrupted = 0;
     dsv4_error err = {0};
     dsv4_status status;
     while (running) {
-        Py_BEGIN_ALLOW_THREADS running = dsv4_run_wait(run, TICK_MS);
-        Py_END_ALLOW_THREADS if (running && !interrupted && PyErr_CheckSignals() < 0) {
+        Py_BEGIN_ALLOW_THREADS
+        running = dsv4_run_wait(run, TICK_MS);
+        Py_END_ALLOW_THREADS
+        if (running && !interrupted && PyErr_CheckSignals() < 0) {
             interrupted = 1;
             dsv4_run_cancel(run);
         }
     }
-    Py_BEGIN_ALLOW_THREADS status = dsv4_run_finish(run, &err);
-    Py_END_ALLOW_THREADS if (!interrupted && status) raise_status(state, status, &err);
-    return interrupted || status ? -1 : 0;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_run_finish(run, &err);
+    Py_END_ALLOW_THREADS
+    if (interrupted)
+        return DSV4_E_CANCELLED;
+    if (status)
+        raise_status(state, status, &err);
+    return status;
 }
 
-/* ------------------------------------------------------------------------------------------------------------
- * step */
+/* ---- step ---- */
 
 /* One segment's Python side. */
 struct holder {
-    SessionObject *session; /* owned, in_use counted */
+    SessionObject *session; /* owned, in_step counted */
     SamplerObject *sampler; /* owned, in_use counted, or NULL */
     PyObject *logits;       /* owned, or NULL */
     int32_t *ids;           /* owned */
@@ -124,7 +124,7 @@ static void step_args_free(struct step_args *a) {
     for (Py_ssize_t i = 0; a->holders && i < a->n; i++) {
         struct holder *holder = &a->holders[i];
         if (holder->session)
-            holder->session->in_use--;
+            holder->session->in_step--;
         if (holder->sampler)
             holder->sampler->in_use--;
         Py_XDECREF(holder->session);
@@ -169,7 +169,7 @@ static int parse_segment(struct step_args *a, Py_ssize_t i, PyObject *item,
     if (!segment->session)
         return -1;
     holder->session = (SessionObject *)Py_NewRef(session);
-    session->in_use++;
+    session->in_step++;
     if (sampler != Py_None) {
         SamplerObject *object = (SamplerObject *)sampler;
         if (!PyObject_TypeCheck(sampler, state->sampler_type) || object->vocab != vocab ||
@@ -265,18 +265,25 @@ PyObject *model_step(ModelObject *self, PyObject *args) {
     a->handle = Py_NewRef(self->handle);
     if (parse_step(a, state, self, segments, probe) < 0)
         goto done;
-    Py_BEGIN_ALLOW_THREADS status =
-        dsv4_step_start(&run, handle_of(a->handle)->model, a->segments, (int32_t)a->n,
-                        a->probe.dict ? &a->probe.probe : NULL, &err);
-    Py_END_ALLOW_THREADS if (status) raise_status(state, status, &err);
-    else if (finish_run(state, run) == 0 && probe_store(&a->probe) == 0) result = step_results(a);
+    if (queue_enter(&handle_of(a->handle)->queue) < 0)
+        goto done;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_step_start(&run, handle_of(a->handle)->model, a->segments, (int32_t)a->n,
+                             a->probe.dict ? &a->probe.probe : NULL, &err);
+    Py_END_ALLOW_THREADS
+    if (status)
+        raise_status(state, status, &err);
+    else
+        status = finish_run(state, run);
+    queue_leave(&handle_of(a->handle)->queue);
+    if (status == DSV4_OK && probe_store(&a->probe) == 0)
+        result = step_results(a);
 done:
     step_args_free(a);
     return result;
 }
 
-/* -----------------------------------------------------------------------------------------------------------
- * layer */
+/* ---- layer ---- */
 
 struct layer_args {
     PyObject *handle;  /* owned */
@@ -332,11 +339,19 @@ PyObject *model_layer(ModelObject *self, PyObject *args) {
     a->handle = Py_NewRef(self->handle);
     if (parse_layer(a, &n, self, streams, ids, probe) < 0)
         goto done;
-    Py_BEGIN_ALLOW_THREADS status =
-        dsv4_layer_start(&run, handle_of(a->handle)->model, layer, a->out_data, a->streams, a->ids,
-                         n, a->probe.dict ? &a->probe.probe : NULL, &err);
-    Py_END_ALLOW_THREADS if (status) raise_status(state, status, &err);
-    else if (finish_run(state, run) == 0 && probe_store(&a->probe) == 0) result = Py_NewRef(a->out);
+    if (queue_enter(&handle_of(a->handle)->queue) < 0)
+        goto done;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_layer_start(&run, handle_of(a->handle)->model, layer, a->out_data, a->streams,
+                              a->ids, n, a->probe.dict ? &a->probe.probe : NULL, &err);
+    Py_END_ALLOW_THREADS
+    if (status)
+        raise_status(state, status, &err);
+    else
+        status = finish_run(state, run);
+    queue_leave(&handle_of(a->handle)->queue);
+    if (status == DSV4_OK && probe_store(&a->probe) == 0)
+        result = Py_NewRef(a->out);
 done:
     layer_args_free(a);
     return result;
