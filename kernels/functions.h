@@ -7,7 +7,7 @@
  * fmaf and fma, which are the IEEE operations.
  *
  * Common rules: a NaN in gives the NaN 0x7fc00000 out; results of exp and exp2 below 2^-126 are
- * zero by definition. Largest errors found over all floats are stated at each function, in units of
+ * zero by definition. The largest error over all floats is stated at each function, in units of
  * the last place.  Source: DESIGN section 4 rule 7; the f32 polynomials are minimax fits in
  * relative error, the double ones Taylor series.
  */
@@ -126,7 +126,7 @@ DSV4_INLINE uint32_t dsv4_log_exponent(float x) {
     return (dsv4_f32_bits(x) - 0x3f400000u) & 0xff800000u;
 }
 
-/* Natural logarithm, 0.91 ulp; log(+-0) = -infinity, negative: NaN.  Subnormal arguments count in
+/* Natural logarithm, 1.4 ulp; log(+-0) = -infinity, negative: NaN.  Subnormal arguments count in
  * full. */
 DSV4_INLINE float dsv4_logf(float x) {
     float k = 0.0f;
@@ -155,7 +155,7 @@ DSV4_INLINE float dsv4_log1p_core(float x) {
     return dsv4_log_join((float)((int32_t)e / 0x800000), f);
 }
 
-/* log(1 + x), 0.92 ulp; -1 gives -infinity, less NaN; +-0 gives itself. */
+/* log(1 + x), 1.4 ulp; -1 gives -infinity, less NaN; +-0 gives itself. */
 DSV4_INLINE float dsv4_log1pf(float x) {
     if (!(x >= -1.0f))
         return dsv4_f32_from_bits(DSV4_NAN_BITS);
@@ -166,13 +166,13 @@ DSV4_INLINE float dsv4_log1pf(float x) {
     return dsv4_log1p_core(x);
 }
 
-/* 1 / (1 + e^-x), 2.3 ulp. */
+/* 1 / (1 + e^-x), 2.6 ulp. */
 DSV4_INLINE float dsv4_sigmoidf(float x) {
     return 1.0f / (1.0f + dsv4_expf(-x));
 }
 
 /*
- * log(1 + e^x), x itself above 20 (the router's); 1.6 ulp.  Where e^x is below 2^-126 it is the
+ * log(1 + e^x), x itself above 20 (the router's); 2 ulp.  Where e^x is below 2^-126 it is the
  * square of e^(x/2), so that it keeps what a subnormal float can hold.
  */
 DSV4_INLINE float dsv4_softplusf(float x) {

@@ -93,7 +93,7 @@ def test_other_stream_counts(v, ops, hc):
 
 @each("hc_pre")
 def test_comb_is_doubly_stochastic(v):
-    """The last step is a column step: columns sum to 1 within rounding, rows nearly; post in (0, 2)."""
+    """The last step is a column step: columns sum to 1 within rounding, rows nearly."""
     g = np.random.default_rng(6)
     streams = unit_streams(4)
     for _ in range(50):

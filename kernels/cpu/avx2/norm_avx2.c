@@ -19,10 +19,9 @@ static void dsv4k_rmsnorm_avx2(dsv4_bf16 *out, const dsv4_bf16 *x, const float *
 
 /* Adds bf16(x * x), operands of rule 2, to the lanes. */
 static __m256 add_square(__m256 acc, __m256 x) {
-    __m256 s =
-        rounded8(_mm256_mul_ps(x, x)); /* no sign, so the comparison can be one of integers */
-    __m256i counts =
-        _mm256_cmpgt_epi32(_mm256_castps_si256(s), _mm256_set1_epi32(DSV4_TINY_F32 - 1));
+    __m256 s = rounded8(_mm256_mul_ps(x, x));
+    __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(s), _mm256_set1_epi32(0x7fffffff));
+    __m256i counts = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(DSV4_TINY_F32 - 1));
     /* a lane at -0 cannot be: it starts at +0, so adding +0 leaves it */
     return _mm256_add_ps(acc, _mm256_and_ps(s, _mm256_castsi256_ps(counts)));
 }

@@ -20,8 +20,8 @@ static void dsv4k_rmsnorm_avx512(dsv4_bf16 *out, const dsv4_bf16 *x, const float
 /* Adds bf16(x * x), operands of rule 2, to the lanes. */
 static __m512 add_square(__m512 acc, __m512 x) {
     __m512 s = rounded16(_mm512_mul_ps(x, x));
-    __mmask16 counts = _mm512_cmpge_epu32_mask(_mm512_castps_si512(s),
-                                               _mm512_set1_epi32(DSV4_TINY_F32)); /* no sign */
+    __mmask16 counts = _mm512_cmpge_epu32_mask(
+        _mm512_castps_si512(s), _mm512_set1_epi32(DSV4_TINY_F32)); /* a sign has only a NaN */
     return _mm512_mask_add_ps(acc, counts, acc, s);
 }
 
