@@ -14,7 +14,14 @@ from sparse import write_checkpoint
 from dsv4 import memory
 from dsv4.checkpoint import Checkpoint
 from dsv4.config import Config
-from dsv4.memory import available_memory, check_memory, index_row_bytes, kv_row_bytes, plan
+from dsv4.memory import (
+    available_memory,
+    check_memory,
+    index_row_bytes,
+    kv_row_bytes,
+    plan,
+    state_bytes,
+)
 
 GIB = 1 << 30
 
@@ -47,7 +54,7 @@ def test_published_sizes(config, name, per_token, rings, states, total, experts,
     ("name", "gib"), [("flash", (0.443, 1.301, 3.446)), ("pro", (0.636, 1.864, 4.935))]
 )
 def test_state_at_long_contexts(config, name, gib):
-    got = [plan(config(name), context=n << 10).state_bytes / GIB for n in (128, 384, 1024)]
+    got = [sum(state_bytes(config(name), n << 10).values()) / GIB for n in (128, 384, 1024)]
     assert got == pytest.approx(gib, abs=0.0006)
 
 
@@ -59,11 +66,11 @@ def test_rows(config):
 
 def test_state_grows_by_whole_windows(config):
     c = config("flash")
-    assert plan(c, context=3).state["index rows"] == 0
-    assert plan(c, context=4).state["index rows"] == 21 * 68
-    assert plan(c, context=127).state["compressed rows"] == 21 * 31 * 584
-    assert plan(c, context=128).state["compressed rows"] == (21 * 32 + 20) * 584
-    assert plan(c, context=128, batch=3).state_bytes == 3 * plan(c, context=128).state_bytes
+    assert state_bytes(c, 3)["index rows"] == 0
+    assert state_bytes(c, 4)["index rows"] == 21 * 68
+    assert state_bytes(c, 127)["compressed rows"] == 21 * 31 * 584
+    assert state_bytes(c, 128)["compressed rows"] == (21 * 32 + 20) * 584
+    assert plan(c, context=128, batch=3).state_bytes == 3 * sum(state_bytes(c, 128).values())
 
 
 def test_a_folder_is_counted_from_its_headers(nano, tmp_path):
