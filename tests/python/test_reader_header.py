@@ -156,6 +156,7 @@ REFUSED = {
     "shape with an exponent": packed(ONE.replace("[2]", "[2e0]").join("{}").encode(), bytes(2)),
     "shape with a leading zero": packed(ONE.replace("[2]", "[02]").join("{}").encode(), bytes(2)),
     "shape negative": packed({"a": tensor("U8", [-2], 0, 2)}, bytes(2)),
+    "shape of two negatives": packed({"a": tensor("U8", [-2, -1], 0, 2)}, bytes(2)),
     "shape minus zero": packed(ONE.replace("[2]", "[-0]").join("{}").encode(), b""),
     "shape true": packed({"a": tensor("U8", [True, 2], 0, 2)}, bytes(2)),
     "shape of lists": packed({"a": tensor("U8", [[2]], 0, 2)}, bytes(2)),
@@ -163,7 +164,7 @@ REFUSED = {
     "shape overflows": packed({"a": tensor("U8", [1 << 63, 1 << 2], 0, 0)}),
     "shape overflows, then zero": packed({"a": tensor("U8", [1 << 63, 1 << 2, 0], 0, 0)}),
     "bits overflow": packed({"a": tensor("F32", [1 << 60], 0, 1 << 62)}),
-    "three offsets": packed({"a": dict(dtype="U8", shape=[2], data_offsets=[0, 1, 2])}, bytes(2)),
+    "three offsets": packed({"a": dict(dtype="U8", shape=[2], data_offsets=[0, 2, 2])}, bytes(2)),
     "one offset": packed({"a": dict(dtype="U8", shape=[0], data_offsets=[0])}),
     "offsets reversed": packed({"a": tensor("U8", [2], 2, 0)}, bytes(2)),
     "offsets not those of the shape": packed({"a": tensor("U8", [2], 0, 3)}, bytes(3)),
@@ -221,6 +222,22 @@ def test_limits_of_strings_and_members():
     ):
         with pytest.raises(FormatError):
             parse_header(text.encode(), "f")
+
+
+@pytest.mark.parametrize(
+    ("data", "cap", "words"),
+    [
+        (bytes(7), 100, "file size: got 7 bytes, wanted at least 8: download it again"),
+        (packed(b"{" + bytes(100) + b"}"), 101, "header length: got 102 bytes, wanted at most 101"),
+        (packed(b"{}")[:9], 100, "file size: got 9 bytes, wanted 10 for the header alone"),
+        (packed({"a": tensor("U8", [2], 0, 2)}, b"x"), 100, "wanted 63: the file is cut"),
+        (packed({"a": tensor("U8", [2], 0, 2)}, b"xyz"), 100, "63: bytes behind the tensors"),
+    ],
+)
+def test_what_is_said_about_sizes(both, data, cap, words):
+    with pytest.raises(FormatError) as caught:
+        read_header(both(data).fd, len(data), "shard", cap)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
