@@ -134,6 +134,7 @@ REFUSED = {
     "metadata twice": packed(b'{"__metadata__":{},"__metadata__":{}}'),
     "a metadata key twice": packed(b'{"__metadata__":{"a":"1","a":"1"}}'),
     "metadata of numbers": packed(b'{"__metadata__":{"a":1}}'),
+    "metadata like a tensor": packed({"__metadata__": tensor("U8", [2], 0, 2)}, bytes(2)),
     "metadata null": packed(b'{"__metadata__":null}'),
     "metadata surrogate": packed(b'{"__metadata__":{"a":"\\ud800"}}'),
     "metadata not UTF-8": packed(b'{"__metadata__":{"a":"\xff"}}'),

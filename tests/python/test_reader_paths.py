@@ -116,6 +116,26 @@ def test_what_is_not_a_regular_file(model, opened, file, kind, monkeypatch):
     assert paths <= names - {file}
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_what_is_exchanged_while_it_is_opened(model, kind, monkeypatch):
+    """The entry was a regular file when looked at and is another thing when opened."""
+    before = os.stat(model / HEAD)
+    (model / HEAD).rename(model.parent / "outside")
+    if kind == "link":
+        (model / HEAD).symlink_to(model.parent / "outside")
+    elif kind == "fifo":
+        os.mkfifo(model / HEAD)
+    else:
+        (model / HEAD).mkdir()
+    count = len(os.listdir("/proc/self/fd"))
+    with Folder(model) as folder:
+        monkeypatch.setattr(os, "stat", lambda *args, **kwargs: before)
+        with pytest.raises(FormatError, match=HEAD):
+            folder.open(HEAD)
+        monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == count
+
+
 def test_links_are_followed_only_when_asked(model):
     outside = model.parent / "outside"
     (model / HEAD).rename(outside)
