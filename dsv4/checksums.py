@@ -60,6 +60,16 @@ def manifest(
     -------
     dict
         What was saved: version, mode, and a digest in hexadecimal by name.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from dsv4 import nano
+    >>> with tempfile.TemporaryDirectory() as there:
+    ...     folder = nano.make_stored("nano-odd", there)
+    ...     sums = manifest(folder, save=folder)
+    ...     verify(folder).checked == len(sums["digests"])
+    True
     """
     _check_mode(mode)
     with Checkpoint.open(folder, allow_symlinks=allow_symlinks) as checkpoint:
@@ -96,6 +106,10 @@ def verify(
         Naming every tensor (or shard) that differs, is missing in the manifest or not in it.
     FileNotFoundError
         There is nothing to compare with.
+
+    Examples
+    --------
+    See `manifest`.
     """
     _check_mode(mode)
     with Checkpoint.open(folder, allow_symlinks=allow_symlinks) as checkpoint:

@@ -8,6 +8,7 @@ file: duplicate keys, NaN and infinities, integers beyond 64 bits, lone surrogat
 beyond 16 are refused.  Source: TRUST 2, 4.
 """
 
+import errno
 import json
 import math
 import os
@@ -84,6 +85,8 @@ class Folder:
         ------
         FormatError
             If the name is not a plain file name, or the entry not a regular file.
+        OSError
+            If too many files are open.
         """
         check_name(name)
         path: str = name
@@ -96,6 +99,8 @@ class Folder:
             _check_regular(name, info)
             fd = os.open(path, OPEN_FLAGS, dir_fd=at)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # nothing is wrong with the file
             raise FormatError(
                 file=name, rule="file", got=error.strerror, wanted=f"a readable file in {self.path}"
             ) from None

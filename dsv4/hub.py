@@ -46,6 +46,11 @@ def resolve(
         A revision for a local path.
     OSError
         The download failed.
+
+    Examples
+    --------
+    >>> resolve("/").is_dir()
+    True
     """
     if not is_repo_id(path_or_repo):
         path = Path(path_or_repo)

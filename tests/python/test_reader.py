@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening checkpoints: the tensor table, how shards are cut, draft heads, transformers exports."""
 
+import doctest
+import importlib
 import json
 import os
 from functools import lru_cache
@@ -127,6 +129,15 @@ def test_other_containers_of_the_same_bytes(tmp_path, weight, scale):
         assert checkpoint.expert_format == "fp4"
         for key, (_, array) in tensors.items():
             assert stored(checkpoint, key) == np.ascontiguousarray(array).tobytes()
+
+
+@pytest.mark.parametrize(
+    "module", ["checkpoint", "checksums", "config", "errors", "hub", "layout", "memory", "names",
+               "nano"]
+)
+def test_examples_in_the_docstrings(module):
+    failed, tried = doctest.testmod(importlib.import_module(f"dsv4.{module}"))
+    assert failed == 0 and tried > 0
 
 
 def test_descriptors_are_closed(nano):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import resource
 import socket
 import sys
 import time
@@ -200,6 +201,20 @@ def test_missing_things(model, tmp_path):
     refused(model, "2 other .safetensors files", "model.safetensors")
     (model / "config.json").unlink()
     assert refused(model, "No such file").file == "config.json"
+
+
+def test_too_many_open_files_are_not_the_fault_of_a_file(model):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    count = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            Checkpoint.open(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(os.listdir("/proc/self/fd")) == count
 
 
 def test_files_beside_are_left_alone(model, opened):
