@@ -3,7 +3,17 @@
 
 import numpy as np
 import pytest
-from calls import pool
+from calls import (
+    hadamard,
+    index_load,
+    index_store,
+    kv_load,
+    kv_store,
+    pool,
+    rmsnorm,
+    rope,
+    rope_table,
+)
 from compare import bf16, to_bf16, ulp_report
 from door import variants
 from stored import tensor
@@ -97,3 +107,44 @@ def test_one_row_is_itself(v):
     k = np.arange(64, dtype=F32)
     zero = np.zeros(64, F32)
     assert (bf16(pool(v, [k, k + 1], [zero - 3, None], [zero, zero])) == k).all()
+
+
+def named(op, name):
+    return next((u for u in variants(op) if u.name == name), variants(op)[0])
+
+
+def entry(name, pooled, weight, freq, position, index=False):
+    """Norm, rotation of the last 64, and the rounding an entry is stored with."""
+    x = rmsnorm(named("rmsnorm", name), pooled, weight, 1e-6)
+    cos, sin = rope_table(named("rope_table", name), freq, position)
+    x[-64:] = rope(named("rope", name), x[-64:], cos, sin)
+    if index:
+        x = hadamard(named("hadamard", name), x)
+        return index_load(
+            variants("index_load")[0], index_store(named("index_store", name), x), 128
+        )
+    return kv_load(named("kv_load", name), kv_store(named("kv_store", name), x))
+
+
+@each
+@pytest.mark.parametrize(
+    "kind, prefix, ratio",
+    [
+        ("csa", "layers.1.attn.compressor.", 4),
+        ("csa_index", "layers.1.attn.indexer.compressor.", 4),
+        ("hca", "layers.2.attn.compressor.", 128),
+    ],
+)
+def test_entries(v, nano, ops, kind, prefix, ratio):
+    """From the stored pooled rows to the stored entries; rotated at the window's first token.
+
+    A norm that is one ulp off can flip an FP8 or FP4 step; nothing else may differ.
+    """
+    weight = tensor(nano("nano-flash"), prefix + "norm.weight")
+    freq, index = ops["rope/compressed_freqs"], kind == "csa_index"
+    pooled, want = ops[f"compressor/{kind}_pooled"], ops[f"compressor/{kind}_entries"]
+    rows = range(len(want))
+    got = [entry(v.name, pooled[w], weight, freq, ratio * w, index) for w in rows]
+    assert (np.stack(got) == want).mean() > 0.999
+    by_pool_index = np.stack([entry(v.name, pooled[w], weight, freq, w, index) for w in rows])
+    assert ((by_pool_index == want).all(1) == (np.arange(len(want)) == 0)).all()

@@ -297,6 +297,15 @@ def test_index_vectors(v, ops):
 
 
 @each("index_store")
+def test_index_scales(v):
+    """The smallest scale is 2^-126, for zeros and subnormals; 6 fits under 1, more needs 2."""
+    for amax, exponent in [(0.0, -126), (1e-39, -126), (6 * 2.0**-126, -126), (6, 0), (6.03125, 1)]:
+        x = np.zeros(32, np.uint16)
+        x[7] = to_bf16(np.array([amax], np.float32))[0]
+        assert index_store(v, x)[16] == exponent + 127, amax
+
+
+@each("index_store")
 def test_index_rows_equal_ref(v):
     for n in (32, 64, 96, 128, 256):
         for case in range(24):
