@@ -58,6 +58,7 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(self.weights.values())
 
     @property
@@ -67,6 +68,7 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """Bytes of everything."""
         return self.weight_bytes + self.state_bytes + self.workspace
 
     @property

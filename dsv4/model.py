@@ -92,7 +92,7 @@ class Model:
         >>> import dsv4
         >>> with dsv4.load() as model:
         ...     session = model.session()
-        ...     logits = session.append("Once")
+        ...     logits = session.append([0, 5])
         ...     session.position, logits.shape == (1, model.config.vocab_size)
         (2, True)
         """
