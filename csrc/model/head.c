@@ -51,8 +51,9 @@ static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_
     DSV4_SYNC(w);
     for (int32_t i = 0; i < n; i++) {
         const float *row = p->ws->logits + (ptrdiff_t)i * vocab;
+        int none = INT_MAX; /* a layer found before stays */
         if (!finite(row + lo, hi - lo))
-            atomic_store(p->bad_layer, p->m->config.num_hidden_layers);
+            atomic_compare_exchange_strong(p->bad_layer, &none, p->m->config.num_hidden_layers);
         if (wanted[i].logits)
             memcpy(wanted[i].logits + lo, row + lo, (size_t)(hi - lo) * sizeof *row);
     }
