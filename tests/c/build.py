@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the kernels, the engine and their C checks with a given compiler, and runs them.
 
-    python tests/c/build.py --run native|asan|clang|haswell|nehalem|aarch64 [-- runner arguments]
+    python tests/c/build.py --run native|asan|tsan|clang|haswell|nehalem|aarch64 [-- runner arguments]
 
 Flags per folder are those of setup.py; families are the files check_<family>.c beside this one.
 """
@@ -36,9 +36,11 @@ class Mode:
 
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
+THREADS = ["-fsanitize=thread"]
 MODES = {
     "native": Mode(flags=["-Werror"], machine=platform.machine()),
     "asan": Mode(flags=["-O1", "-g", *SANITIZE], link=SANITIZE, machine=platform.machine()),
+    "tsan": Mode(flags=["-O1", "-g", *THREADS], link=THREADS, machine=platform.machine()),
     "clang": Mode("clang", ["-Werror"], machine=platform.machine()),
     "haswell": Mode(runner=["qemu-x86_64", "-cpu", "Haswell"]),
     "nehalem": Mode(runner=["qemu-x86_64", "-cpu", "Nehalem"]),
