@@ -33,6 +33,7 @@
 
 #if defined(DSV4_HAVE_AVX512)
 #define AVX512_LISTS(X) \
+    X(avx512, linear) \
     X(avx512, quant) \
     X(avx512, norm) \
     X(avx512, rope) \
@@ -52,6 +53,7 @@
 
 #if defined(DSV4_HAVE_AVX512BF16)
 #define AVX512BF16_LISTS(X) \
+    X(avx512bf16, linear) \
     X(avx512bf16, attention)
 #else
 #define AVX512BF16_LISTS(X)

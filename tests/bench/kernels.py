@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers against the limits of this machine, in one process and one thread.
+
+    python tests/bench/kernels.py [--json] [--all] [--only fp8] [--seconds 2]
+
+Prints each layer of V4-Flash: one token in GB/s of weights, 4 and 512 tokens in GFLOP/s, with the
+ratio to the stream-read limit or to the best exact instruction (both measured before and after the
+line, the better counts), then the limits and the two gates.  Times are CPU time of the thread, so
+that a busy machine disturbs less.  `--all` shows every variant, not only the chosen one.  Needs gcc
+(limits.c is compiled with -march=native).
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+
+import door  # noqa: E402
+
+from dsv4 import _core  # type: ignore[attr-defined]  # noqa: E402
+
+SHAPES = [  # format, name, rows, cols: V4-Flash, SPEC 6.2
+    ("fp8", "wq_a", 1024, 4096),
+    ("fp8", "wq_b", 32768, 1024),
+    ("fp8", "wo_b", 4096, 8192),
+    ("fp8", "shared w1", 2048, 4096),
+    ("fp8", "shared w2", 4096, 2048),
+    ("fp4", "expert w1", 2048, 4096),
+    ("fp4", "expert w2", 4096, 2048),
+    ("bf16", "wo_a group", 1024, 4096),
+    ("bf16", "head", 129280, 4096),
+    ("f32", "hc fn", 24, 16384),
+]
+BITS = {"fp8": 8, "fp4": 4, "bf16": 16, "f32": 32}
+FEW_CHUNK, MANY_CHUNK, MANY_TOKENS = 256, 128, 512
+GATE_FEW, GATE_MANY = 0.6, 0.5
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    layer: str
+    format: str
+    rows: int
+    cols: int
+    tokens: int
+    variant: str
+    chosen: bool
+    value: float
+    unit: str
+    ratio: float
+
+
+def compile_limits(folder: Path) -> ctypes.CDLL:
+    """limits.c as a shared library."""
+    target = folder / "limits.so"
+    source = Path(__file__).with_name("limits.c")
+    command = ["gcc", "-O2", "-march=native", "-shared", "-fPIC", "-w", "-std=c11"]
+    command += [f"-I{ROOT / 'kernels'}", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(target))
+    for name in ("read_seconds", "fma_gflops", "bf16_dot_gflops", "linear_seconds"):
+        getattr(library, name).restype = ctypes.c_double
+    library.read_seconds.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.linear_seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
+    return library
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of CPU 0 (32 MiB where it is not told)."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes)
+
+
+def make_pool(n_bytes: int) -> np.ndarray:
+    """Bytes that are ordinary numbers in each format (no NaN codes; e4m3 subnormals are rare)."""
+    rng = np.random.default_rng(1)
+    block = rng.integers(0, 256, 1 << 20, np.uint8) & 0x9F | 0x20
+    rare = rng.integers(0, len(block), len(block) // 8192)
+    block[rare] = rng.integers(0, 8, len(rare), np.uint8)
+    pool = np.empty(n_bytes, np.uint8)
+    pool.reshape(-1, len(block))[:] = block
+    return pool
+
+
+class Bench:
+    """The pool of weights, the limits measured around everything, and the timing of one kernel."""
+
+    def __init__(self, library: ctypes.CDLL, seconds: float) -> None:
+        self.library, self.seconds = library, seconds
+        size = max(4 * last_level_cache(), 256 << 20)
+        self.pool = make_pool(-(-size // (8 << 20)) * (8 << 20))
+        self.scale = np.full(32768 * 1024 // 32 * 8, 120, np.uint8)
+        rng = np.random.default_rng(2)
+        self.x = door.bf16_bits(rng.standard_normal(MANY_TOKENS * 16384, np.float32))
+        self.out = np.zeros(MANY_TOKENS * 32768, np.float32)
+        self.reads: list[float] = []
+        self.peaks: dict[str, list[float]] = {}
+
+    def limits(self) -> tuple[float, float]:
+        """Read limit in GB/s (the better walk) and the better instruction's GFLOP/s."""
+        piece = 8 << 20
+        starts = range(self.pool.ctypes.data, self.pool.ctypes.data + len(self.pool), piece)
+        taken = [
+            median([self.library.read_seconds(p, piece, streams) for p in starts])
+            for streams in (1, 4)
+        ]
+        self.reads.append(piece / min(taken) / 1e9)
+        for name in ("fma", "bf16_dot"):
+            self.peaks.setdefault(name, []).append(getattr(self.library, f"{name}_gflops")())
+        return self.reads[-1], max(peaks[-1] for peaks in self.peaks.values())
+
+    def run(self, variant: door.Variant, fmt: str, rows: int, cols: int, n_tok: int) -> float:
+        """Seconds of one layer, the median over the pool."""
+        n_bytes = rows * cols * BITS[fmt] // 8
+        rule = door.SCALE_FOLD if fmt in ("fp8", "fp4") else door.SCALE_NONE
+        code = {"fp8": door.W_FP8, "fp4": door.W_FP4, "bf16": door.W_BF16, "f32": door.W_F32}[fmt]
+        scratch = door.linear_scratch(cols)
+        times: list[float] = []
+        at = 0
+        while sum(times) < self.seconds and len(times) < 4096:
+            if at + n_bytes > len(self.pool):
+                at = 0
+            weight = door.Weight(
+                self.pool.ctypes.data + at, self.scale.ctypes.data, rows, cols, code, 0, rule
+            )
+            args = door.LinearArgs(
+                self.out.ctypes.data, self.x.ctypes.data, None, ctypes.pointer(weight),
+                scratch.ctypes.data, rows, cols, n_tok, 0, rows, 0,
+            )
+            chunk = MANY_CHUNK if n_tok > 8 else FEW_CHUNK
+            times.append(
+                self.library.linear_seconds(variant.address, ctypes.addressof(args), chunk)
+            )
+            at += n_bytes
+        return float(np.median(times))
+
+
+def cases(only: str | None) -> list[tuple[str, str, int, int, int]]:
+    """format, name, rows, cols, tokens"""
+    found = []
+    for fmt, name, rows, cols in SHAPES:
+        for tokens in (1, 4, MANY_TOKENS):
+            if (only is None or only in (fmt, name)) and not (fmt == "f32" and tokens == 4):
+                found.append((fmt, name, rows if tokens < 9 else min(rows, 2048), cols, tokens))
+    return found
+
+
+def measure(bench: Bench, only: str | None, every: bool, tokens_only: int | None) -> list[Result]:
+    """All results, printed as they come."""
+    results = []
+    chosen = {op: name for op, name, _, picked in _core.kernel_variants(None) if picked}
+    for fmt, name, rows, cols, tokens in cases(only):
+        if tokens_only is not None and tokens != tokens_only:
+            continue
+        op = f"linear_{'few' if tokens <= 8 else 'many'}_{fmt}"
+        for variant in door.variants(op):
+            picked = chosen[op] == variant.name
+            if variant.name == "ref" or not (picked or every):
+                continue
+            before = bench.limits()
+            seconds = bench.run(variant, fmt, rows, cols, tokens)
+            read, peak = np.maximum(before, bench.limits())
+            if tokens == 1:
+                value, unit = rows * cols * BITS[fmt] / 8 / seconds / 1e9, "GB/s"
+                ratio = value / read
+            else:
+                value, unit = 2 * rows * cols * tokens / seconds / 1e9, "GFLOP/s"
+                ratio = value / peak
+            results.append(
+                Result(name, fmt, rows, cols, tokens, variant.name, picked, value, unit, ratio)
+            )
+            mark = "*" if picked else " "
+            print(
+                f"{name:11} {fmt:5} {rows:6} x {cols:5} {tokens:4} tokens {variant.name:18}{mark}"
+                f" {value:8.1f} {unit:8} {ratio:5.2f}",
+                file=sys.stderr,
+            )
+    return results
+
+
+def gates(results: list[Result]) -> list[dict[str, Any]]:
+    """The two gates, over the chosen variants."""
+    found = []
+    for title, limit, tokens, formats in (
+        ("one-token FP8 and FP4 linears against the read limit", GATE_FEW, 1, ("fp8", "fp4")),
+        ("512-token linears against the peak", GATE_MANY, MANY_TOKENS, ("fp8", "fp4", "bf16")),
+    ):
+        ratios = [
+            r.ratio for r in results if r.chosen and r.tokens == tokens and r.format in formats
+        ]
+        if ratios:
+            lowest = min(ratios)
+            found.append({"gate": title, "wanted": limit, "lowest": lowest, "ok": lowest >= limit})
+    return found
+
+
+def span(values: list[float]) -> str:
+    """Median and range."""
+    return f"{median(values):.1f} ({min(values):.1f} ... {max(values):.1f})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="linear layers against the machine's limits")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--all", action="store_true", help="every variant, not only the chosen")
+    parser.add_argument("--only", help="a format or a layer")
+    parser.add_argument("--tokens", type=int, choices=(1, 4, MANY_TOKENS))
+    parser.add_argument("--seconds", type=float, default=1.0, help="per line (default 1)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(compile_limits(Path(folder)), options.seconds)
+        results = measure(bench, options.only, options.all, options.tokens)
+    found = gates(results)
+    report = {
+        "read_limit_gb_s": median(bench.reads),
+        "peaks_gflop_s": {name: median(peaks) for name, peaks in bench.peaks.items()},
+        "results": [asdict(r) for r in results],
+        "gates": found,
+    }
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    pool = len(bench.pool) >> 20
+    print(f"stream read {span(bench.reads)} GB/s; pool {pool} MiB, one thread, CPU time")
+    for name, peaks in bench.peaks.items():
+        print(f"{name} peak {span(peaks)} GFLOP/s")
+    for gate in found:
+        verdict = "gate ok" if gate["ok"] else "gate missed"
+        print(f"{verdict}: {gate['gate']}: lowest {gate['lowest']:.2f}, wanted {gate['wanted']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
