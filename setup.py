@@ -14,7 +14,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-BASE = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread"]
+BASE = [
+    "-std=c11", "-D_GNU_SOURCE", "-O2", "-fvisibility=hidden", "-fno-math-errno",
+    "-ffp-contract=off", "-pthread",
+]
 WARN = [
     "-Wall", "-Wextra", "-Wshadow", "-Wvla", "-Wundef", "-Wpointer-arith", "-Wstrict-prototypes",
     "-Wmissing-prototypes",
@@ -42,7 +45,8 @@ def extra_flags() -> list[str]:
     if os.environ.get("DSV4_WERROR") == "1":
         flags.append("-Werror")
     if sanitize := os.environ.get("DSV4_SANITIZE"):
-        flags += [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover"]
+        flags += [
+            f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover"]
     return flags
 
 

@@ -13,18 +13,16 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dsv4 import _core
 from dsv4.completion import CompletionSplitter, ThinkingMode, check_thinking_mode
 from dsv4.encoding import encode_messages
+from dsv4.model import Float32, Int32, Model, Session
 from dsv4.sampling import Sampling
 from dsv4.tokenizer import StopMatcher, StreamDecoder
-
-if TYPE_CHECKING:
-    from dsv4.model import Float32, Int32, Model, Session
 
 MAX_LIVE = 16
 # tokens of a prompt whose logits come out at once: 66 MB with the published vocabulary
@@ -181,10 +179,10 @@ class Stream(Generator[Event, None, None]):
 
 
 def generate(
-    model: "Model", prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
+    model: Model, prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
     thinking_mode: ThinkingMode = "chat", reasoning_effort: str | None = None,
     drop_thinking: bool = True, version: Literal["v4", "0731"] | None = None,
-    session: "Session | None" = None, **parameters: Any,
+    session: Session | None = None, **parameters: Any,
 ) -> Completion | list[Completion]:
     """Generate whole answers.
 
@@ -251,10 +249,10 @@ def generate(
 
 
 def stream(
-    model: "Model", prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
+    model: Model, prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
     thinking_mode: ThinkingMode = "chat", reasoning_effort: str | None = None,
     drop_thinking: bool = True, version: Literal["v4", "0731"] | None = None,
-    session: "Session | None" = None, **parameters: Any,
+    session: Session | None = None, **parameters: Any,
 ) -> Stream:
     """Like `generate`, but piece by piece.
 
@@ -281,7 +279,7 @@ class _Work:
     """The answers of one call: arguments checked, nothing computed yet."""
 
     def __init__(
-        self, model: "Model", prompt: Any, sampling: Sampling | None, session: "Session | None",
+        self, model: Model, prompt: Any, sampling: Sampling | None, session: Session | None,
         parameters: dict[str, Any], special: bool, thinking_mode: ThinkingMode,
         reasoning_effort: str | None, drop_thinking: bool, version: Literal["v4", "0731"] | None,
     ) -> None:
@@ -301,6 +299,8 @@ class _Work:
         self.several = several or sampling.n > 1
         self.session = session
         if session is not None:
+            if not isinstance(session, Session):
+                raise TypeError(f"session: got {type(session).__name__}, wanted a Session or None")
             if session.model is not model:
                 raise ValueError("session: got one of another model, wanted one of this model")
             if self.several:
@@ -343,7 +343,7 @@ class _Work:
                 answer.end()
 
 
-def _round(model: "Model", live: "list[_Answer]") -> Iterator[Event]:
+def _round(model: Model, live: "list[_Answer]") -> Iterator[Event]:
     """One step for all live sequences, and what it makes visible."""
     results = model._core.step([answer.segment() for answer in live], None)
     events: list[Event] = []
@@ -352,7 +352,7 @@ def _round(model: "Model", live: "list[_Answer]") -> Iterator[Event]:
     yield from events
 
 
-def _room(model: "Model", start: int, n: int, name: str) -> int:
+def _room(model: Model, start: int, n: int, name: str) -> int:
     """How many tokens can follow the prompt; ValueError if none."""
     context = model.config.max_position_embeddings
     room = context - start - n
@@ -389,7 +389,7 @@ class _Answer:
     """One sequence: its session and sampler, its tokens, and the text they have become."""
 
     def __init__(
-        self, model: "Model", sampling: Sampling, index: int, choice: int, ids: "Int32",
+        self, model: Model, sampling: Sampling, index: int, choice: int, ids: Int32,
         before: list[int], room: int, chat: ThinkingMode | None,
     ) -> None:
         self.model = model
@@ -411,7 +411,7 @@ class _Answer:
 
     # ---- running ----
 
-    def begin(self, session: "Session | None") -> None:
+    def begin(self, session: Session | None) -> None:
         """Take a session and a sampler; the first step comes next."""
         sampling, tokenizer = self.sampling, self.model.tokenizer
         self.started = time.perf_counter()
@@ -450,7 +450,7 @@ class _Answer:
         want = WANT_ALL if wants_all else WANT_LAST if edited and done else WANT_NONE
         return self.session._core, ids, want, self.sampler if done and not edited else None
 
-    def take(self, logits: "Float32 | None", sample: "_core._Sample | None") -> list[Event]:
+    def take(self, logits: Float32 | None, sample: "_core._Sample | None") -> list[Event]:
         """What a step gave: log-probabilities of the prompt, a token."""
         if self.prompt_logprobs is not None and not self.tokens and logits is not None:
             self._take_prompt(logits)
@@ -469,7 +469,7 @@ class _Answer:
         self.finish = FINISH.get(finish)
         return self._show(token)
 
-    def _take_prompt(self, logits: "Float32") -> None:
+    def _take_prompt(self, logits: Float32) -> None:
         assert self.prompt_logprobs is not None and self.sampling.prompt_logprobs is not None
         first = len(self.prompt_logprobs)
         following = self.prompt[first : first + len(logits)]
@@ -477,7 +477,7 @@ class _Answer:
         for token, (logprob, top) in zip(following.tolist(), rows, strict=True):
             self.prompt_logprobs.append(TokenLogprob(token, logprob, tuple(top)))
 
-    def _sample_edited(self, logits: "Float32") -> "_core._Sample":
+    def _sample_edited(self, logits: Float32) -> "_core._Sample":
         assert self.sampling.logits_processor is not None
         position = self.session.position
         edited = self.sampling.logits_processor(logits, self.session.tokens)
