@@ -2,7 +2,7 @@
 /*
  * functions.h: errors against libm in double, and the vector twins bit for bit, on a spread sample
  * of all floats and on every float near the points where a function changes its course.  With
- * DSV4_CHECK_ALL set in the environment: on all 2^32 floats (an hour).
+ * DSV4_CHECK_ALL set in the environment: on all 2^32 floats (half an hour).
  */
 #include "check.h"
 
@@ -62,6 +62,7 @@ static void twins_avx512(float out[3][16], const float *x) {
 #endif
 #endif
 
+#if defined(DSV4_HAVE_AVX2)
 static void same(const char *set, float got[3][16], float want[3][16], const float *x) {
     static const char *const names[] = {"exp", "sigmoid", "softplus"};
     for (int f = 0; f < 3; f++)
@@ -89,6 +90,11 @@ static void check_twins(const float *x) {
     same("avx512", got, want, x);
 #endif
 }
+#else
+static void check_twins(const float *x) {
+    (void)x; /* a machine without vector twins */
+}
+#endif
 
 static double sigmoid(double x) {
     return 1 / (1 + exp(-x));
@@ -106,12 +112,12 @@ static const struct function {
     double ulp;
     int subnormal; /* 0: results below 2^-126 are zero */
 } functions[] = {
-    {"exp", dsv4_expf, exp, 0.87, 0},
-    {"exp2", dsv4_exp2f, exp2, 0.94, 0},
-    {"log", dsv4_logf, log, 1.4, 1},
-    {"log1p", dsv4_log1pf, log1p, 1.4, 1},
-    {"sigmoid", dsv4_sigmoidf, sigmoid, 2.6, 0},
-    {"softplus", dsv4_softplusf, softplus, 2.0, 1},
+    {"exp", dsv4_expf, exp, 0.90, 0},
+    {"exp2", dsv4_exp2f, exp2, 0.95, 0},
+    {"log", dsv4_logf, log, 0.93, 1},
+    {"log1p", dsv4_log1pf, log1p, 1.27, 1},
+    {"sigmoid", dsv4_sigmoidf, sigmoid, 2.49, 0},
+    {"softplus", dsv4_softplusf, softplus, 1.67, 1},
 };
 
 static double last_place(double x) {

@@ -37,9 +37,10 @@ def test_mean_square_contract(v, vectors):
     for x, want in zip(stored["bf16/x"], stored["mean_square/f32"], strict=True):
         assert mean_square(v, x).tobytes() == want.tobytes()
     for n in SIZES:
-        x = random_bf16(n, n, octaves=40.0)  # with operands below 2^-55, which count as zero
-        want = contract_mean_square(bf16(x)[None])[0]
-        assert mean_square(v, x).tobytes() == want.tobytes(), n
+        for octaves in (8.0, 40.0):  # every add rounds; operands below 2^-55, which count as zero
+            x = random_bf16(n, n, octaves)
+            want = contract_mean_square(bf16(x)[None])[0]
+            assert mean_square(v, x).tobytes() == want.tobytes(), n
 
 
 def test_mean_square_flushes_operands():
@@ -66,6 +67,19 @@ def test_rmsnorm_step_by_step(v):
         assert (rmsnorm(v, x, w, 1e-6) == to_bf16(w * (bf16(x) * r))).all(), n
 
 
+@each("rmsnorm")
+def test_rmsnorm_multiplies_by_the_weight_last(v):
+    """Weights for which w * (x * r) and (w * x) * r round to different bf16 values."""
+    x = random_bf16(3, 2048)
+    r = F32(1) / np.sqrt(contract_mean_square(bf16(x)[None])[0] + F32(1e-6))
+    w = np.random.default_rng(3).standard_normal((1000, 2048)).astype(F32)
+    ours, other = to_bf16(w * (bf16(x) * r)), to_bf16((w * bf16(x)) * r)
+    rows = np.flatnonzero((ours != other).any(1))
+    assert rows.size >= 5
+    for i in rows:
+        assert (rmsnorm(v, x, w[i], 1e-6) == ours[i]).all()
+
+
 @each("headnorm")
 def test_headnorm_vectors(v, ops):
     """The vectors took the mean in f64: where it sits on a bf16 edge a head may differ."""
@@ -86,8 +100,8 @@ def test_headnorm_step_by_step(v):
 
     eps = F32(1e-6)
     for n in SIZES[:70]:
-        for octaves in (2.0, 35.0):
-            x = bf16(random_bf16(n, n, octaves))
+        for octaves, size in ((2.0, 1.0), (35.0, 1.0), (1.0, 2.0**-10)):  # the last: eps counts
+            x = bf16(random_bf16(n, n, octaves)) * F32(size)
             square = operand(bf(x * x))
             m = bf(dot(square[None], np.ones((1, n), F32))[0, 0] / F32(n))
             r = bf(F32(1) / np.sqrt(bf(m + bf(eps))))
