@@ -346,7 +346,7 @@ def _info(args: argparse.Namespace) -> int:
         print(f"  warning    {warning}")
     print(f"memory for {model['plan']['batch']} x {model['plan']['context']:,} tokens")
     print("  " + model["plan_table"].replace("\n", "\n  "))
-    print("this machine")
+    print(f"  free now: {model['free'] / 2**30:,.2f} GiB\nthis machine")
     for name in ("versions", "cpu", "kernels"):
         print(f"  {name}")
         for key, value in machine[name].items():
@@ -355,7 +355,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
-    from dsv4 import hub
+    from dsv4 import hub, memory
     from dsv4.checkpoint import Checkpoint
     from dsv4.files import Folder
     from dsv4.loading import DEFAULT_MODEL
@@ -367,6 +367,7 @@ def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "path": path, "kind": f"{needs.config.num_hidden_layers} layers, from its config alone",
         "config": config, "plan": needs.as_dict(), "plan_table": str(needs),
+        "free": memory.available_memory(),
     }
     if hub.is_repo_id(path) or not Path(path).is_dir():
         return facts

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.config import Config
 from dsv4.errors import BackendUnavailable, FormatError
 from dsv4.files import Folder
-from dsv4.memory import check_memory, plan
+from dsv4.memory import Plan, address_space, check_memory, plan
 from dsv4.model import Model
 from dsv4.sampling import GENERATION_CONFIG_FILE
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -56,8 +57,9 @@ def load(
         "official" computes what the published code does, rounding points included; "weights" does
         not round the inputs of linear layers to FP8.
     mmap : bool
-        Use the weights where the files are mapped.  False reads them into memory of this process:
-        for file systems on which files may shrink while they are used.
+        Use the weights where the files are mapped; experts that do not fit into memory are then
+        read from disk again and again.  False reads all into memory of this process: for file
+        systems on which files may shrink while they are used.
     verify : "crc" or "sha256", optional
         Compare all weights with their checksums first (`dsv4.checksums`).
     revision : str, optional
@@ -111,7 +113,7 @@ def load(
             checksums.verify(folder, verify)
         context = min(USUAL_CONTEXT, checkpoint.config.max_position_embeddings)
         needs = plan(folder, context=context)
-        check_memory(needs)
+        _check_fits(needs, mmap)
         tokenizer, defaults = _text_files(folder, checkpoint.config)
         with _Progress(str(folder)) as progress:
             core = _core.Model(
@@ -144,6 +146,15 @@ def kernel_info() -> dict[str, str]:
     """
     variants = _core.kernel_variants(os.environ.get("DSV4_CPU_DISABLE") or None)
     return {op: variant for op, variant, _, chosen in variants if chosen}
+
+
+def _check_fits(needs: Plan, mmap: bool) -> None:
+    """Refuse what does not fit.  Mapped experts may stay on disk: only the rest must be resident,
+    while everything needs a place in the address space."""
+    if mmap:
+        check_memory(needs, free=address_space())
+        needs = replace(needs, weights={**needs.weights, "routed experts": 0})
+    check_memory(needs)
 
 
 def _options(

@@ -269,12 +269,16 @@ def size(n: float) -> str:
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process can still get: the least of MemAvailable, cgroup limits, RLIMIT_AS."""
-    limits = [_field(proc / "meminfo", "MemAvailable:") * 1024]
-    limits += _cgroup_limits(proc, cgroup)
+    physical = _field(proc / "meminfo", "MemAvailable:") * 1024
+    return min(physical, *_cgroup_limits(proc, cgroup), address_space(proc))
+
+
+def address_space(proc: Path = Path("/proc")) -> int:
+    """Bytes this process can still map: what RLIMIT_AS leaves."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limits.append(max(0, soft - _field(proc / "self" / "status", "VmSize:") * 1024))
-    return min(limits)
+    if soft == resource.RLIM_INFINITY:
+        return 1 << 52
+    return max(0, soft - _field(proc / "self" / "status", "VmSize:") * 1024)
 
 
 def check_memory(needed: int | Plan, *, free: int | None = None) -> None:

@@ -171,8 +171,36 @@ def test_disabled_sets_change_no_bit(
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(loading._core, "Model", None)  # nothing may be loaded
-    with pytest.raises(MemoryError, match=r"needed .* free 1.00 MiB"):
-        dsv4.load()
+    for mmap in (True, False):
+        with pytest.raises(MemoryError, match=r"needed .* free 1.00 MiB"):
+            dsv4.load(mmap=mmap)
+
+
+def test_mapped_experts_need_not_fit(
+    model: dsv4.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = model.plan.total - model.plan.weights["routed experts"]
+    monkeypatch.setattr(memory, "available_memory", lambda: least)
+    dsv4.load(threads=1).close()
+    with pytest.raises(MemoryError):
+        dsv4.load(mmap=False, threads=1)
+    monkeypatch.setattr(memory, "available_memory", lambda: least - 1)
+    with pytest.raises(MemoryError):
+        dsv4.load(threads=1)
+
+
+def test_address_space_is_a_limit(script: Callable[..., Any]) -> None:
+    done = script("""
+import resource, dsv4, dsv4.loading
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+needed = dsv4.plan(dsv4.loading.DEFAULT_MODEL, context=2048).total
+resource.setrlimit(resource.RLIMIT_AS, (used + needed // 2, resource.RLIM_INFINITY))
+try:
+    dsv4.load(threads=1)
+except MemoryError as error:
+    print(error)
+""")
+    assert done.stdout.startswith("memory: needed "), done.stderr
 
 
 def test_owned_memory_gives_the_same(model: dsv4.Model) -> None:
