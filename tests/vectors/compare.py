@@ -162,11 +162,13 @@ class Expected:
         )
 
     def report(self, what, got, numerics="official"):
-        """Summary of `what` ('promptN', 'decode' or 'mtp').
+        """Summary of `what` ('promptN', 'decode', 'mtp' or 'dspark_main_logits').
 
         got: logits at the stored rows, or at every position.
         """
-        want = self.a[f"{numerics}/{what}/logits"]
+        dspark = what.startswith("dspark_")
+        key = what.replace("_", "/", 1) if dspark else f"{what}/logits"
+        want = self.a[f"{numerics}/{key}"]
         got = np.asarray(got, np.float32)
         pos = self.a.get(f"{what}/positions")
         if pos is not None and got.shape[0] != want.shape[0]:

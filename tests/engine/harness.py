@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading models in every way the engine can run, and reading a step's internals."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import dsv4
+from dsv4 import _core, loading, nano
+
+PARTS = ("streams", "attention", "ffn", "experts", "expert_weights", "index_selected")
+WINDOW, COMPRESSED, INDEX = range(3)
+
+# A checkpoint small enough to be run hundreds of times: every layer kind, a window and an index
+# that overflow soon, 128 for the windows that published models compress.
+TINY: dict[str, Any] = dict(
+    mtp=0, num_nextn_predict_layers=0, compress_ratios=[4, 128, 0, 16], num_hidden_layers=4,
+    num_hash_layers=1, hidden_size=64, head_dim=128, qk_rope_head_dim=64, num_attention_heads=2,
+    o_groups=2, o_lora_rank=32, q_lora_rank=64, index_n_heads=3, index_head_dim=64, index_topk=8,
+    moe_intermediate_size=64, n_routed_experts=6, num_experts_per_tok=2, hc_mult=2,
+    hc_sinkhorn_iters=3, sliding_window=32, vocab_size=97, max_position_embeddings=4096,
+)
+
+
+def masks() -> list[str]:
+    """DSV4_CPU_DISABLE values that give different kernels on this machine: all sets, then fewer."""
+    has = [name for name, here in _core.cpu_sets() if here]
+    values = [""]
+    if {"avx512vnni", "avx512bf16"} <= set(has):
+        values += ["avx512bf16", "avx512vnni"]
+    values += [name for name in ("avx512", "avx2") if name in has]
+    return values
+
+
+def load(
+    folder: str | os.PathLike[str], *, threads: int = 2, disable: str | None = None,
+    chunk: int = 0, **options: Any,
+) -> dsv4.Model:
+    """`dsv4.load` without the instruction sets of `disable`, with passes of `chunk` tokens."""
+    made = loading._options
+
+    def chosen(*arguments: object) -> dict[str, Any]:
+        return made(*arguments) | {"chunk_tok": chunk}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_options", chosen)
+        if disable is not None:
+            patch.setenv("DSV4_CPU_DISABLE", disable)
+        return dsv4.load(folder, threads=threads, **options)
+
+
+def step_with(
+    model: dsv4.Model, segments: Sequence[tuple[dsv4.Session, Any]], layer: int,
+) -> tuple[list[NDArray[np.float32]], dict[str, NDArray[Any]]]:
+    """One step with all its logits, and every internal of one layer."""
+    probe: dict[str, Any] = dict.fromkeys(PARTS, True) | {"layer": layer}
+    out = model._core.step([(s._core, ids, 2, None) for s, ids in segments], probe)
+    return [rows for rows, _ in out], probe
+
+
+def layer_with(
+    model: dsv4.Model, layer: int, streams: NDArray[np.uint16], ids: Any,
+) -> tuple[NDArray[np.uint16], dict[str, NDArray[Any]]]:
+    """One layer alone from position 0 on bf16 codes, and every internal of it."""
+    probe: dict[str, Any] = dict.fromkeys(PARTS, True) | {"layer": layer}
+    return model._core.layer(layer, np.ascontiguousarray(streams), ids, probe), probe
+
+
+def rows(session: dsv4.Session, layer: int, kind: int, at: Sequence[int]) -> NDArray[np.uint16]:
+    """Rows of a session's KV state as bf16 codes: positions (WINDOW) or entries."""
+    return np.concatenate([session._core.rows(layer, kind, int(i), 1) for i in at])
+
+
+def state(session: dsv4.Session) -> list[NDArray[Any]]:
+    """Everything of a session that can be read: tokens, and every row of every layer."""
+    config = session.model.config
+    position = session.position
+    found: list[NDArray[Any]] = [session.tokens]
+    for layer, ratio in enumerate(config.compress_ratios[: config.num_hidden_layers]):
+        low = max(0, position - config.sliding_window)
+        found.append(session._core.rows(layer, WINDOW, low, position - low))
+        if ratio:
+            found.append(session._core.rows(layer, COMPRESSED, 0, position // ratio))
+        if ratio == 4:
+            found.append(session._core.rows(layer, INDEX, 0, position // ratio))
+    return found
+
+
+def pieces(ids: Any, size: int) -> Iterator[Any]:
+    """The ids cut into pieces of `size`."""
+    return (ids[at : at + size] for at in range(0, len(ids), size))
+
+
+def fed(model: dsv4.Model, cut: Any) -> NDArray[np.float32]:
+    """All logits of a new session that is fed these pieces, one step each."""
+    with model.session() as session:
+        return np.concatenate([session.append(piece, logits="all") for piece in cut])
+
+
+def prompt(model: dsv4.Model, n: int, seed: int = 1) -> NDArray[np.int32]:
+    """n random ids."""
+    return np.random.default_rng(seed).integers(0, model.config.vocab_size, n, np.int32)
+
+
+def same(got: NDArray[Any], want: NDArray[Any], what: str = "") -> None:
+    """Equality of every bit, naming the rows that differ."""
+    assert got.shape == want.shape and got.dtype == want.dtype, (what, got.shape, want.shape)
+    width = int(np.prod(got.shape[1:])) * got.dtype.itemsize
+    a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(len(x), width) for x in (got, want))
+    bad = np.nonzero((a != b).any(1))[0]
+    assert not len(bad), f"{what}: {len(bad)} of {len(got)} rows differ, first {bad[:8].tolist()}"
+
+
+Maker = Callable[..., Path]
+
+
+def changed(folder: Path, to: Path, name: str, change: Callable[[NDArray[np.uint8]], None]) -> Path:
+    """A copy of a checkpoint in which `change` has edited the bytes of one tensor in place."""
+    import shutil
+
+    from dsv4.checkpoint import Checkpoint
+
+    shutil.copytree(folder, to)
+    with Checkpoint.open(to) as checkpoint:
+        info = checkpoint.tensors[name]
+        path = checkpoint.shards[info.shard].path
+    data = np.memmap(path, np.uint8, "r+", info.offset, info.nbytes)
+    change(data)
+    data.flush()
+    return to
+
+
+def make_tiny(folder: Path, **changes: Any) -> Path:
+    """A TINY checkpoint with other config keys."""
+    return nano.make("tiny", 5, folder, **(TINY | changes))
