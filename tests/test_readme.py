@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says is so: its example runs as printed, its memory table is what plan() gives."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import dsv4
+from dsv4.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+CONFIGS = ROOT / "tests" / "vectors" / "configs"
+
+
+def test_the_example_works_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"<!-- example -->\n```python\n(.*?)```", README, re.S)
+    assert code
+    exec(compile(code.group(1), "README.md", "exec"), {})
+    lines = capsys.readouterr().out
+    assert "dsv4.Model" in lines and "<think>" in lines
+
+
+@pytest.mark.parametrize(("name", "file"), [("V4-Flash", "flash"), ("V4-Pro", "pro")])
+def test_the_memory_table_is_the_plan(name: str, file: str) -> None:
+    row = re.search(rf"^\| {name} \|(.*)\|$", README, re.M)
+    assert row
+    config = Config.from_json(CONFIGS / f"{file}.json")
+    units = {"MiB": 2**20, "GiB": 2**30}
+    told = [float(n) * units[u] for n, u in re.findall(r"([\d.]+) (MiB|GiB)", row.group(1))]
+    plans = [dsv4.plan(config, context=n) for n in (4096, 131072, 1048576)]
+    assert told[0] == pytest.approx(plans[0].weight_bytes, rel=0.01)
+    for got, plan in zip(told[1:], plans, strict=True):
+        assert got == pytest.approx(plan.state_bytes, rel=0.02)
