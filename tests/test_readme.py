@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README says is so: its example runs as printed, its memory table is what plan() gives."""
+"""The README is right: its example runs as printed, its memory table is what plan() gives."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the kernels, the engine and their C checks with a given compiler, and runs them.
 
-    python tests/c/build.py --run native|asan|tsan|clang|haswell|nehalem|aarch64 [-- runner arguments]
+    python tests/c/build.py --run native|asan|tsan|clang|haswell|nehalem|aarch64 [-- arguments]
 
 Flags per folder are those of setup.py; families are the files check_<family>.c beside this one.
 """

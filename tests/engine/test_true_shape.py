@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of V4-Flash's dimensions: the same bits for prompt and decode, and Ctrl-C within 250 ms."""
+"""Layers of V4-Flash's dimensions: prompt and decode give the same bits; Ctrl-C within 250 ms."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from true_shape import make
 
 import dsv4
-from true_shape import make
 
 LIMIT = 0.25
 
@@ -24,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dsv4.Model]:
         yield loaded
 
 
-def interrupted_after(seconds: float, run: "threading.Event", sent: list[float]) -> threading.Thread:
+def interrupt_after(seconds: float, run: threading.Event, sent: list[float]) -> threading.Thread:
     """Sends SIGINT to this process after `seconds`, unless `run` is set before."""
 
     def send() -> None:
@@ -52,7 +51,7 @@ def test_ctrl_c_in_a_long_prompt(model: dsv4.Model, delay: float) -> None:
     session.append([1, 2, 3], logits="none")
     ids = np.random.default_rng(2).integers(0, 4096, 2000)
     done, sent = threading.Event(), []
-    thread = interrupted_after(delay, done, sent)
+    thread = interrupt_after(delay, done, sent)
     with pytest.raises(KeyboardInterrupt):
         try:
             session.append(ids, logits="last")
@@ -69,7 +68,7 @@ def test_ctrl_c_in_a_long_prompt(model: dsv4.Model, delay: float) -> None:
 
 def test_ctrl_c_while_decoding(model: dsv4.Model) -> None:
     done, sent = threading.Event(), []
-    thread = interrupted_after(0.5, done, sent)
+    thread = interrupt_after(0.5, done, sent)
     session = model.session()
     with pytest.raises(KeyboardInterrupt):
         try:

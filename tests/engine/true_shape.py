@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints with the published model's layer dimensions and random bytes, few layers and experts: for time, not text."""
+"""Checkpoints with the published layer dimensions and random bytes: for time, not text."""
 
 import json
 import struct
@@ -16,7 +16,8 @@ CONFIGS = Path(__file__).parents[1] / "vectors" / "configs"
 
 
 def make(
-    folder: Path, ratios: Sequence[int], *, model: str = "flash", experts: int = 8, vocab: int = 4096
+    folder: Path, ratios: Sequence[int], *, model: str = "flash", experts: int = 8,
+    vocab: int = 4096,
 ) -> Path:
     """Write one checkpoint; about 0.13 GB and 13 MB an expert for each layer of V4-Flash."""
     config: dict[str, Any] = json.loads((CONFIGS / f"{model}.json").read_text())
@@ -34,8 +35,9 @@ def make(
     for name, (dtypes, shape) in layout.expected(Config.from_json(config)).items():
         (dtype,) = dtypes
         array = random_tensor(rng, name, dtype, shape)
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
+        end = at + array.nbytes
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
         arrays.append(array)
     head = json.dumps(table).encode()
     head += b" " * (-len(head) % 8)
@@ -49,7 +51,7 @@ def make(
 def random_tensor(
     rng: np.random.Generator, name: str, dtype: str, shape: tuple[int, ...]
 ) -> np.ndarray[Any, Any]:
-    """Bytes that keep activations in a sane range: codes of every kind, scales near 1/sqrt(width)."""
+    """Bytes that keep activations in a sane range: codes of every kind, matching scales."""
     count = int(np.prod(shape))
     if dtype == "F8_E8M0":
         return np.full(shape, 119 if ".experts." in name else 112, np.uint8)
