@@ -232,6 +232,8 @@ def vectors(t: train.Trainer, cfg: dict[str, Any], measure: bool) -> dict[str, n
         for i in range(cfg["num_hidden_layers"]):
             picks = aux["picks"][f"layers.{i}.ffn."]
             out[f"layers.{i}/experts"] = picks[at].numpy().astype(np.uint8)
+            used = torch.bincount(picks[:len(ids)].flatten(), minlength=cfg["n_routed_experts"])
+            out[f"layers.{i}/expert_counts"] = used.numpy().astype(np.int32)
         for i, mask in aux.get("selected", {}).items():
             out[f"layers.{i}/selected"] = mask[0, at, :len(ids) // 4].numpy()
         if cfg["num_nextn_predict_layers"]:

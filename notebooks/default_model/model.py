@@ -227,34 +227,42 @@ def visible(length: int, ratio: int) -> Tensor:
     return (torch.arange(length // ratio)[None] < (p + 1) // ratio)[None]
 
 
-def index_scores(p: Params, pre: str, u: Tensor, qr: Tensor, ratio: int, cfg: dict[str, Any],
-                 num: Numerics, stride: int = 1) -> Tensor:
+def index_keys(p: Params, pre: str, u: Tensor, ratio: int, cfg: dict[str, Any],
+               num: Numerics) -> Tensor:
+    """Index rows [B, entries, width]: entries of the indexer's own compressor, rotated, FP4."""
+    keys = compress(p, pre + "compressor.", u, ratio, cfg, num)
+    keys = F.linear(keys, quant.hadamard(keys.shape[-1]))
+    return quant.through(_fp4, low(keys, num)) if num.quantised else keys
+
+
+def index_scores(p: Params, pre: str, u: Tensor, qr: Tensor, keys: Tensor, ratio: int,
+                 cfg: dict[str, Any], num: Numerics, stride: int = 1) -> Tensor:
     """Scores [B, L / stride, entries] of the lightning indexer (SPEC 3.6).
 
     With a stride only the last query of each `stride` is scored: enough to train on.
     """
     b, length, _ = u.shape
     n, w = cfg["index_n_heads"], cfg["index_head_dim"]
-    h = quant.hadamard(w)
-    keys = F.linear(compress(p, pre + "compressor.", u, ratio, cfg, num), h)
     table = rope_table(cfg, ratio, length, w)[stride - 1::stride, None]
     u, qr = u[:, stride - 1::stride], qr[:, stride - 1::stride]
     q = linear(act(qr, num), p[pre + "wq_b.weight"], num).view(b, -1, n, w)
-    q = F.linear(rope(q, table, num), h)
+    q = F.linear(rope(q, table, num), quant.hadamard(w))
     if num.quantised:
-        keys = quant.through(_fp4, low(keys, num))
         q = quant.through(_fp4, low(q, num))
     dots = (q.reshape(b, -1, w) @ keys.transpose(1, 2)).view(b, -1, n, keys.shape[1])
     weight = low(linear(u, p[pre + "weights_proj.weight"], num) * (w**-0.5 * n**-0.5), num)
     return low(low(torch.relu(low(dots, num)) * weight[..., None], num).sum(2), num)
 
 
-def top_entries(scores: Tensor, seen: Tensor, k: int) -> Tensor:
-    """bool mask of the k best visible entries; equal scores: the lower id."""
+def top_entries(scores: Tensor, seen: Tensor, k: int, num: Numerics) -> Tensor:
+    """bool mask of the k best visible entries; equal scores: the lower id (where it matters)."""
     scores = scores.masked_fill(~seen, float("-inf"))
     if scores.shape[-1] <= k:
         return seen.expand_as(scores)
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
+    if num.rounded:
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
+    else:
+        order = torch.topk(scores, k, sorted=False).indices
     return torch.zeros_like(seen.expand_as(scores)).scatter(-1, order, True) & seen
 
 
@@ -324,10 +332,12 @@ def attention(p: Params, pre: str, u: Tensor, layer: int, cfg: dict[str, Any], n
     if ratio:
         entries = kv_sim(compress(p, pre + "compressor.", u, ratio, cfg, num), cfg, num)
         mask = visible(length, ratio)
+    if ratio == 4:
+        index = index_keys(p, pre + "indexer.", u.detach(), ratio, cfg, num)
     if ratio == 4 and aux.get("select", True):
         with torch.no_grad():
-            scores = index_scores(p, pre + "indexer.", u, qr, ratio, cfg, num)
-            seen, mask = mask, top_entries(scores, mask, cfg["index_topk"])
+            scores = index_scores(p, pre + "indexer.", u, qr, index, ratio, cfg, num)
+            seen, mask = mask, top_entries(scores, mask, cfg["index_topk"], num)
             aux.setdefault("selected", {})[layer] = mask
             aux.setdefault("seen", {})[layer] = seen
     sink = p[pre + "attn_sink"]
@@ -340,7 +350,7 @@ def attention(p: Params, pre: str, u: Tensor, layer: int, cfg: dict[str, Any], n
         o, w2 = attend_tiles(q, kv, entries, mask, sink, cfg)
         if ratio == 4 and "index_loss" in aux:
             aux["index_loss"] = aux["index_loss"] + index_loss(
-                p, pre, u.detach(), qr.detach(), q.detach(), entries.detach(), w2.detach(),
+                p, pre, u.detach(), qr.detach(), index, q.detach(), entries.detach(), w2.detach(),
                 ratio, cfg, num)
     o = rope(o, table.conj()[:, None], num)
     g = cfg["o_groups"]
@@ -350,8 +360,9 @@ def attention(p: Params, pre: str, u: Tensor, layer: int, cfg: dict[str, Any], n
     return linear(act(z, num), p[pre + "wo_b.weight"], num).view(b, length, -1)
 
 
-def index_loss(p: Params, pre: str, u: Tensor, qr: Tensor, q: Tensor, entries: Tensor, w2: Tensor,
-               ratio: int, cfg: dict[str, Any], num: Numerics) -> Tensor:
+def index_loss(p: Params, pre: str, u: Tensor, qr: Tensor, index: Tensor, q: Tensor,
+               entries: Tensor, w2: Tensor, ratio: int, cfg: dict[str, Any],
+               num: Numerics) -> Tensor:
     """Cross entropy of the index scores against the attention the heads would pay to all visible
     entries, on every fourth query; heads count by the weight they really pay to entries."""
     stride = 4
@@ -363,7 +374,7 @@ def index_loss(p: Params, pre: str, u: Tensor, qr: Tensor, q: Tensor, entries: T
         s = torch.softmax(s.masked_fill(~seen[:, :, None], -1e30), -1)
         share = w2.sum(-1, keepdim=True)
         target = (share * s).sum(2) / share.sum(2).clamp_min(1e-6)
-    scores = index_scores(p, pre + "indexer.", u, qr, ratio, cfg, num, stride)
+    scores = index_scores(p, pre + "indexer.", u, qr, index, ratio, cfg, num, stride)
     logp = torch.log_softmax(scores.masked_fill(~seen, -1e30), -1)
     return -(target * logp).sum(-1).mean()
 

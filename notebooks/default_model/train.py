@@ -44,7 +44,8 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-12).to(torch.bfloat16)
     for _ in range(steps):
         a = x @ x.transpose(1, 2)
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.transpose(1, 2) if flip else x).float()
 
 
@@ -132,10 +133,11 @@ class Trainer:
             self.data.rng.bit_generator.state = state["numpy"]
 
     def rate(self) -> float:
-        """Warm up, hold, then fall linearly to zero between decay_from and steps."""
-        a, s = self.a, self.step
-        warm = min(1.0, (s + 1) / 40)
-        return warm * min(1.0, max(0.02, (a.steps - s) / max(1, a.steps - a.decay_from)))
+        """Warm up, hold, then fall linearly to zero over the last `fall` of the steps or of the
+        time, whichever ends first (a shared machine gives a time, not a number of steps)."""
+        a = self.a
+        left = min(1 - self.step / a.steps, 1 - self.seconds / (60 * a.minutes))
+        return min(1.0, (self.step + 1) / 40) * min(1.0, max(0.02, left / a.fall))
 
     def average(self, names: list[str], decay: float) -> None:
         with torch.no_grad():
@@ -229,9 +231,10 @@ class Trainer:
         if draft:
             self.step = 0
         goal = a.draft_steps if draft else a.steps
-        a.steps, a.decay_from = goal, (goal // 3 if draft else a.decay_from)
+        a.steps, a.fall = goal, (0.7 if draft else a.fall)
+        a.minutes += begun / 60 if draft else 0
         signal.signal(signal.SIGTERM, self.stop)
-        while self.step < goal and not self.stopped:
+        while self.step < goal and self.seconds < 60 * a.minutes and not self.stopped:
             if self.step % 190 == 0:
                 self.data.refresh()
             losses.append(self.draft_step(frozen) if draft else self.main_step())
@@ -245,9 +248,10 @@ class Trainer:
                 if self.step % a.eval_every == 0 and not draft:
                     row["held"] = self.quick(self.ema)
                 self.log(row)
-            if time.time() - saved > 200 or self.step == goal or self.stopped:
+            if time.time() - saved > 200:
                 self.save()
                 saved = time.time()
+        self.save()
 
 
 def evaluate(params: P.Params, tables: P.Params, cfg: dict[str, Any], held: Tensor, text: str,
@@ -288,7 +292,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--steps", type=int, default=5000)
-    p.add_argument("--decay-from", type=int, default=2500)
+    p.add_argument("--minutes", type=float, default=1e6, help="end after this training time")
+    p.add_argument("--fall", type=float, default=0.5, help="share of the run with falling rate")
     p.add_argument("--draft-steps", type=int, default=0)
     p.add_argument("--rows", type=int, default=2)
     p.add_argument("--length", type=int, default=1024)
