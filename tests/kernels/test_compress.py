@@ -88,6 +88,14 @@ def test_equals_ref(v):
 
 
 @each
+def test_equals_ref_on_many(v):
+    """Enough that a product rounded too early shows through the rounding to bf16."""
+    g = np.random.default_rng(10)
+    k, gate, ape = (list(x) for x in g.standard_normal((3, 2, 1 << 20)).astype(F32))
+    assert (pool(v, k, gate, ape) == pool(variants("pool")[0], k, gate, ape)).all()
+
+
+@each
 def test_against_float64(v):
     """Gates far apart and large: the maximum is subtracted, nothing overflows."""
     g = np.random.default_rng(9)

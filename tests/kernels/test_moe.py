@@ -145,9 +145,17 @@ def test_swiglu_equals_ref_for_every_gate(v):
         assert np.array_equal(got, want, equal_nan=True)
         assert (np.signbit(got) == np.signbit(want))[~np.isnan(got)].all()
     for n in range(1, 67):
-        assert (
-            swiglu(v, finite[:n], ups[:n], 10.0) == swiglu(ref, finite[:n], ups[:n], 10.0)
-        ).all()
+        args = (finite[:n], ups[:n], 10.0)
+        assert (swiglu(v, *args) == swiglu(ref, *args)).all()
+
+
+@each("swiglu")
+def test_swiglu_equals_ref_on_many(v):
+    """Enough that a product in another order shows through the rounding to bf16."""
+    ref, g = variants("swiglu")[0], np.random.default_rng(5)
+    gate, up = to_bf16((3 * g.standard_normal((2, 1 << 17))).astype(F32))
+    for weight in g.uniform(0, 1, 50):
+        assert (swiglu(v, gate, up, 10.0, weight) == swiglu(ref, gate, up, 10.0, weight)).all()
 
 
 # ----------------------------------------------------------------------------- sum over experts

@@ -106,3 +106,25 @@ def test_headnorm_step_by_step(v):
             m = bf(dot(square[None], np.ones((1, n), F32))[0, 0] / F32(n))
             r = bf(F32(1) / np.sqrt(bf(m + bf(eps))))
             assert (headnorm(v, to_bf16(x), 1e-6) == to_bf16(x * r)).all(), n
+
+
+@each("headnorm")
+def test_headnorm_takes_odd_before_even(v):
+    """A lane holds 2^-24, 1, 2^-24: adding the 1 last would carry and tip the mean's rounding."""
+    x = np.zeros(64, F32)
+    x[[1, 33, 32]] = 2.0**-12, 1.0, 2.0**-12
+    x[3] = 2.0**-4  # another lane: the sum of squares is 1 + 2^-8, half way between bf16 values
+    assert bf16(headnorm(v, to_bf16(x), 0.0))[33] == 8.0
+    x[[1, 0]] = x[[0, 1]]
+    x[[33, 32]] = x[[32, 33]]
+    assert bf16(headnorm(v, to_bf16(x), 0.0))[32] < 8.0
+
+
+@each("headnorm")
+def test_headnorm_has_sixteen_lanes(v):
+    """Lane 0 holds 1, lane 8 twice 2^-24: they meet in the tree only, where both together count."""
+    x = np.zeros(64, F32)
+    x[[1, 17, 49, 3]] = 1.0, 2.0**-12, 2.0**-12, 2.0**-4
+    assert bf16(headnorm(v, to_bf16(x), 0.0))[1] < 8.0
+    x[49] = 0.0
+    assert bf16(headnorm(v, to_bf16(x), 0.0))[1] == 8.0

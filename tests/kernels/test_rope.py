@@ -91,6 +91,19 @@ def test_rotation_step_by_step(v):
 
 
 @each("rope")
+def test_products_are_rounded_before_they_meet(v):
+    """Equal products cancel to zero; a fused multiply-add would leave the rounding error of one."""
+    g = np.random.default_rng(6)
+    for n_pair in (3, 8, 16, 32):
+        a = to_bf16(g.standard_normal(n_pair).astype(F32))
+        c = g.standard_normal(n_pair).astype(F32)
+        same = np.stack([a, a], -1).reshape(-1)
+        assert (rope(v, same, c, c)[0::2] == 0).all()
+        assert (rope(v, np.stack([a, a ^ 0x8000], -1).reshape(-1), c, c)[1::2] == 0).all()
+        assert (rope(v, same, c, c, inverse=True)[1::2] == 0).all()
+
+
+@each("rope")
 def test_inverse_undoes(v, ops):
     freq = ops["rope/compressed_freqs"]
     x = to_bf16(np.random.default_rng(5).standard_normal(64).astype(F32))

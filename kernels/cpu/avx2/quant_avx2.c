@@ -23,14 +23,13 @@ static uint8_t group_scale(const dsv4_bf16 *x, int32_t n, float floor, float inv
 
 /*
  * Eight e4m3 codes, 0 to 0x7e, of magnitudes v: above 2^-6 the upper bits rounded in place, below
- * it the low bits of v + 2^14, whose last place is 2^-9.
+ * it the low bits of v + 2^14, whose last place is 2^-9.  A group's scale keeps v <= 448.
  */
 static inline __m256i encode8(__m256 v) {
     __m256i u = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
     __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 20), one);
     __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7ffff)), even);
     r = _mm256_sub_epi32(_mm256_srli_epi32(r, 20), _mm256_set1_epi32(120 << 3));
-    r = _mm256_min_epi32(r, _mm256_set1_epi32(0x7e));
     __m256 shifted = _mm256_add_ps(v, _mm256_set1_ps(16384.0f));
     __m256i small = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(0x46800000));
     __m256 below = _mm256_cmp_ps(v, _mm256_set1_ps(0x1p-6f), _CMP_LT_OQ);

@@ -23,14 +23,13 @@ static uint8_t group_scale(const dsv4_bf16 *x, int32_t n, float floor, float inv
 
 /*
  * Sixteen e4m3 codes, 0 to 0x7e, of magnitudes v: above 2^-6 the upper bits rounded in place, below
- * it the low bits of v + 2^14, whose last place is 2^-9.
+ * it the low bits of v + 2^14, whose last place is 2^-9.  A group's scale keeps v <= 448.
  */
 static inline __m512i encode16(__m512 v) {
     __m512i u = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
     __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 20), one);
     __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7ffff)), even);
     r = _mm512_sub_epi32(_mm512_srli_epi32(r, 20), _mm512_set1_epi32(120 << 3));
-    r = _mm512_min_epi32(r, _mm512_set1_epi32(0x7e));
     __m512 shifted = _mm512_add_ps(v, _mm512_set1_ps(16384.0f));
     __m512i small = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x46800000));
     __mmask16 below = _mm512_cmp_ps_mask(v, _mm512_set1_ps(0x1p-6f), _CMP_LT_OQ);
