@@ -63,7 +63,7 @@ struct dsv4_options {
     int32_t numerics;               /* enum dsv4_numerics */
     int32_t april_kv;               /* 1: KV rows are not rounded to FP8 (SPEC 3.4, official bug) */
     int32_t april_shared;           /* 1: the shared expert is not clamped (SPEC 4.3) */
-    int32_t n_thread;               /* 0: one per processor this process may run on */
+    int32_t n_thread;               /* 0: one per processor this process may run on, fewer for small models */
     int32_t chunk_tok;              /* tokens per pass; 0: default */
     int32_t use_mmap;               /* 0: read into owned memory */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */

@@ -99,15 +99,14 @@ static void *worker_main(void *arg) {
     return NULL;
 }
 
-static int default_threads(void) {
+int dsv4_processors(void) {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0)
         return CPU_COUNT(&set);
     return 1;
 }
 
-dsv4_status dsv4_team_create(dsv4_team **out, int n_thread, dsv4_error *err) {
-    int n = n_thread > 0 ? n_thread : default_threads();
+dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err) {
     dsv4_team *t = aligned_alloc(64, (sizeof *t + 63) / 64 * 64);
     pthread_t *threads = calloc((size_t)n, sizeof *threads);
     dsv4_worker *workers = calloc((size_t)n, sizeof *workers);

@@ -27,8 +27,11 @@ typedef struct dsv4_worker {
 
 typedef void dsv4_job_fn(dsv4_worker *w, void *ctx);
 
-/* n_thread 0: one per processor this process may run on.  Threads start at the first job. */
-dsv4_status dsv4_team_create(dsv4_team **out, int n_thread, dsv4_error *err);
+/* Processors this process may run on. */
+int dsv4_processors(void);
+
+/* Threads start at the first job. */
+dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err);
 void dsv4_team_destroy(dsv4_team *team); /* NULL is legal; waits for a running job; does nothing in a forked child */
 int dsv4_team_size(const dsv4_team *team);
 
