@@ -18,19 +18,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Iterator[dsv4.Model]:
-    """It, loaded with two threads."""
-    with harness.load(tiny_folder) as model:
+    """It, loaded with one thread: a team's barriers cost more than so small a model."""
+    with harness.load(tiny_folder, threads=1) as model:
         yield model
 
 
 @pytest.fixture(scope="session")
 def models(nano: Callable[[str], Path]) -> Iterator[Callable[..., dsv4.Model]]:
-    """models("nano-flash", "official") -> that checkpoint, loaded with two threads."""
+    """models("nano-flash", "official") -> that checkpoint, loaded with one thread."""
     loaded: dict[tuple[str, str], dsv4.Model] = {}
 
     def model(name: str, numerics: str = "official") -> dsv4.Model:
         if (name, numerics) not in loaded:
-            loaded[name, numerics] = harness.load(nano(name), numerics=numerics)
+            loaded[name, numerics] = harness.load(nano(name), threads=1, numerics=numerics)
         return loaded[name, numerics]
 
     yield model

@@ -20,21 +20,20 @@ WINDOW, COMPRESSED, INDEX = range(3)
 # that overflow soon, 128 for the windows that published models compress.
 TINY: dict[str, Any] = dict(
     mtp=0, num_nextn_predict_layers=0, compress_ratios=[4, 128, 0, 16], num_hidden_layers=4,
-    num_hash_layers=1, hidden_size=64, head_dim=128, qk_rope_head_dim=64, num_attention_heads=2,
-    o_groups=2, o_lora_rank=32, q_lora_rank=64, index_n_heads=3, index_head_dim=64, index_topk=8,
-    moe_intermediate_size=64, n_routed_experts=6, num_experts_per_tok=2, hc_mult=2,
+    num_hash_layers=1, hidden_size=128, head_dim=128, qk_rope_head_dim=64, num_attention_heads=2,
+    o_groups=2, o_lora_rank=64, q_lora_rank=128, index_n_heads=3, index_head_dim=64, index_topk=8,
+    moe_intermediate_size=128, n_routed_experts=6, num_experts_per_tok=2, hc_mult=2,
     hc_sinkhorn_iters=3, sliding_window=32, vocab_size=97, max_position_embeddings=4096,
 )
 
 
 def masks() -> list[str]:
     """DSV4_CPU_DISABLE values that give different kernels on this machine: all sets, then fewer."""
-    has = [name for name, here in _core.cpu_sets() if here]
-    values = [""]
-    if {"avx512vnni", "avx512bf16"} <= set(has):
-        values += ["avx512bf16", "avx512vnni"]
-    values += [name for name in ("avx512", "avx2") if name in has]
-    return values
+    tables = {}
+    for disable in ["", *(name for name, here in reversed(_core.cpu_sets()) if here)]:
+        chosen = tuple(v[:2] for v in _core.kernel_variants(disable or None) if v[3])
+        tables.setdefault(chosen, disable)
+    return list(tables.values())
 
 
 def load(
