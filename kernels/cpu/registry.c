@@ -26,7 +26,8 @@
     X(avx2, hyper) \
     X(avx2, compress) \
     X(avx2, moe) \
-    X(avx2, attention)
+    X(avx2, attention) \
+    X(avx2, indexer)
 #else
 #define AVX2_LISTS(X)
 #endif
@@ -40,13 +41,15 @@
     X(avx512, hyper) \
     X(avx512, compress) \
     X(avx512, moe) \
-    X(avx512, attention)
+    X(avx512, attention) \
+    X(avx512, indexer)
 #else
 #define AVX512_LISTS(X)
 #endif
 
 #if defined(DSV4_HAVE_AVX512VNNI)
-#define AVX512VNNI_LISTS(X)
+#define AVX512VNNI_LISTS(X) \
+    X(avx512vnni, indexer)
 #else
 #define AVX512VNNI_LISTS(X)
 #endif
