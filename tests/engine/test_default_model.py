@@ -82,8 +82,8 @@ def test_it_agrees_with_the_torch_model_it_was_exported_from(
 ) -> None:
     """An implementation of its own, in torch, with every rounding point of the reference.
 
-    Seen: every router choice and every best token equal, mean absolute difference 0.02 of logits
-    that span 31.
+    Seen: every router choice and every best token equal, at least 98 % of every index selection,
+    mean absolute difference 0.02 of logits that span 31.
     """
     with np.load(vectors / "default_model.npz") as stored:
         ids, at = stored["ids"], stored["positions"]
@@ -94,4 +94,9 @@ def test_it_agrees_with_the_torch_model_it_was_exported_from(
             _, seen = step_with(model, [(model.session(), ids)], layer)
             same = np.sort(seen["experts"][at], 1) == np.sort(stored[f"layers.{layer}/experts"], 1)
             assert same.all(1).mean() >= 14 / 16
+            if f"layers.{layer}/selected" in stored:
+                for row, want in zip(
+                    seen["index_selected"][at], stored[f"layers.{layer}/selected"], strict=True
+                ):
+                    assert want[row[row >= 0]].sum() >= 0.9 * want.sum()
         assert stored["official/bits_per_byte"] <= 1.02 * stored["float/bits_per_byte"]
