@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for every test: the five tiny checkpoints and their expected values."""
+"""Which dsv4 is tested, and fixtures: the five tiny checkpoints and their expected values.
 
+Tests run against the installed package; where the extension was built in place, against the
+sources.  The folder pytest was started in makes no difference, and neither does the folder of a
+process that a test starts.
+"""
+
+import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from dsv4 import nano as nano_module
-from dsv4.tokenizer import Tokenizer
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]  # `python -m pytest` puts it there
+os.environ["PYTHONSAFEPATH"] = "1"
+if any((ROOT / "dsv4" / f"_core{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+    sys.path.insert(0, str(ROOT))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+
+from dsv4 import nano as nano_module  # noqa: E402
+from dsv4.tokenizer import Tokenizer  # noqa: E402
 
 VECTORS = Path(__file__).resolve().parent / "vectors"
 sys.path.insert(0, str(VECTORS))  # compare.py and contract.py

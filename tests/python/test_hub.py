@@ -18,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def run(script, **env):
     """Run Python with an empty hub cache setting of its own; its output."""
-    keep = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
+    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSAFEPATH")
+    keep = {key: os.environ[key] for key in names if key in os.environ}
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO,
         env={**keep, "PYTHONWARNINGS": "error", **env},

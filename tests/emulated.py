@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same logits, bit for bit, on other CPUs: instruction sets masked, and whole CPUs emulated.
+
+    python tests/emulated.py            # digest of logits on this CPU, and the kernels that ran
+    python tests/emulated.py --compare  # masks and qemu-user; status 1 if they differ
+
+The digest covers nano-odd (prompt of 130, then single tokens; both numerics) and the model inside
+the package.  An emulated run fails if its kernels are not those of the instruction set it is meant
+to try.  Emulated numbers are slow: this is not part of the test run.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+# name of the run -> CPU, its best instruction set.  The features taken away are those that
+# qemu-user warns about.  NumPy's OpenBLAS would use AVX on an emulated Nehalem, so it is told.
+EMULATED = {
+    "qemu Haswell": ("Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm", "avx2", {}),
+    "qemu Nehalem": ("Nehalem", "ref", {"OPENBLAS_CORETYPE": "Nehalem"}),
+}
+SETS = ["ref", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+TEXT = "ROMEO:\nBut soft, what light through yonder window breaks?"
+
+
+def digest() -> dict[str, str]:
+    """SHA-256 of logits per model and numerics, and the instruction sets of the kernels used."""
+    import numpy as np
+
+    import dsv4
+    from dsv4 import nano
+
+    def run(model: dsv4.Model, first: object, rest: list[int]) -> str:
+        session = model.session()
+        parts = [session.append(first, logits="all")]
+        parts += [session.append([token]) for token in rest]
+        return hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = nano.make_stored("nano-odd", folder)
+        ids = [0, *np.random.default_rng(130).integers(3, 331, 129).tolist()]
+        for numerics in ("official", "weights"):
+            with dsv4.load(path, numerics=numerics) as model:
+                found[f"nano-odd {numerics}"] = run(model, ids, [7, 8, 9])
+    with dsv4.load() as model:
+        found["default model"] = run(model, TEXT, [17, 18])
+        found["sets"] = " ".join(sorted(set(model.kernel_info.values())))
+    return found
+
+
+def start(prefix: list[str], **env: str) -> dict[str, str]:
+    """`digest` in a process of its own: this interpreter behind `prefix`, with `env`."""
+    # an emulator takes the interpreter itself, not the link in a virtual environment
+    program = [*prefix, os.path.realpath(sys.executable), __file__]
+    path = os.pathsep.join(p for p in sys.path[1:] if p)
+    done = subprocess.run(
+        program, env={**os.environ, "PYTHONPATH": path, **env}, stdout=subprocess.PIPE, text=True,
+        check=True)
+    values: dict[str, str] = json.loads(done.stdout)
+    return values
+
+
+def best(sets: str) -> str:
+    return max(sets.split(), key=SETS.index)
+
+
+def compare() -> int:
+    from dsv4 import _core
+
+    runs: list[tuple[str, list[str], dict[str, str], str | None]] = [("native", [], {}, None)]
+    for name, has in _core.cpu_sets():
+        if has:
+            runs.append((f"without {name}", [], {"DSV4_CPU_DISABLE": name}, None))
+    for name, (cpu, top, env) in EMULATED.items():
+        runs.append((name, ["qemu-x86_64", "-cpu", cpu], env, top))
+    first: dict[str, str] = {}
+    failed = 0
+    for name, prefix, env, top in runs:
+        began = time.perf_counter()
+        values = start(prefix, **env)
+        seconds = time.perf_counter() - began
+        sets = values.pop("sets")
+        first = first or values
+        different = [key for key in values if values[key] != first[key]]
+        verdict = "equal" if not different else "DIFFERENT: " + ", ".join(different)
+        if top is not None and best(sets) != top:
+            verdict += f"; its best kernels are {best(sets)}, wanted {top}"
+        failed |= verdict != "equal"
+        print(f"{name:20} {seconds:6.1f} s  {verdict:10}  kernels: {sets}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="logits on other CPUs")
+    parser.add_argument("--compare", action="store_true", help="masks and emulated CPUs")
+    if parser.parse_args().compare:
+        sys.exit(compare())
+    print(json.dumps(digest()))
