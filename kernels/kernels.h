@@ -167,7 +167,7 @@ typedef void dsv4k_hc_post_fn(const struct dsv4_hc_post_args *a);
  * One token, n_head heads, an ordered list of keys (NULL = masked), each row both key and value.  Blocks of 64 ranks;
  * a block with no key at all is skipped.  In each block, per head:
  *   S[j] = scale * chain, chain over dimension pairs ascending: + q[2i+1]*k[2i+1], then + q[2i]*k[2i] (operands by
- *          rule 2, products exact); masked: P = 0
+ *          rule 2, products exact; those of 2^128 and more are outside the contract); masked: P = 0
  *   m' = max(m, max_j S);  P[j] = exp(S[j] - m');  c = exp(m - m')   (m starts at -infinity: c = 0)
  *   l = l * c + dot(P, ones)  (64 unrounded P, rule 1 without rule 2; product, then add)
  *   acc[d] = acc[d] * c, magnitudes below 2^-95 becoming +0 (every sum is then a multiple of 2^-124, none subnormal),
