@@ -20,6 +20,7 @@
 
 #if defined(DSV4_HAVE_AVX2)
 #define AVX2_LISTS(X) \
+    X(avx2, linear) \
     X(avx2, quant) \
     X(avx2, norm) \
     X(avx2, rope) \

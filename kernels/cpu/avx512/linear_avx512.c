@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Linear layers with f32 multiply-adds on 16 lanes: the operands of a step are two registers, the
- * odd and the even elements.  Contract: kernels.h; loops: linear_tiles_avx512.h.
+ * odd and the even elements.  Contract: kernels.h; loops: linear_tiles.h.
  */
-#include "linear_decode_avx512.h"
+#include "cpu/avx512/linear_decode_avx512.h"
 
 enum { TILE_ROWS = 6, TILE_TOKENS = 4, OPERAND_BYTES = 128 };
 
@@ -23,6 +23,10 @@ INLINE operand expand(__m512i bf16) {
     return (operand){odd_elements(bf16), even_elements(bf16)};
 }
 
+INLINE operand load_operand(const dsv4_bf16 *x, int32_t n, const int masked) {
+    return expand(load_bf16(x, n, masked));
+}
+
 INLINE __m512 multiply_add(__m512 acc, operand w, operand x) {
     return _mm512_fmadd_ps(w.even, x.even, _mm512_fmadd_ps(w.odd, x.odd, acc));
 }
@@ -34,21 +38,20 @@ INLINE void operand_store(uint8_t *p, operand w) {
 
 /* All odd products first: half the registers for x. */
 INLINE void multiply_tile(__m512 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *panel,
-                          const dsv4_bf16 *const *x, int32_t k, __mmask32 mask, const int masked,
-                          const int T) {
+                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked) {
     __m512 v[TILE_TOKENS];
-    EACH (t, T)
-        v[t] = odd_elements(load_x(x[t] + k, mask, masked));
+    EACH (t, TILE_TOKENS)
+        v[t] = odd_elements(load_bf16(x[t] + k, n, masked));
     EACH (r, TILE_ROWS) {
         __m512 w = _mm512_load_ps(panel + r * OPERAND_BYTES);
-        EACH (t, T)
+        EACH (t, TILE_TOKENS)
             acc[r][t] = _mm512_fmadd_ps(w, v[t], acc[r][t]);
     }
-    EACH (t, T)
-        v[t] = even_elements(load_x(x[t] + k, mask, masked));
+    EACH (t, TILE_TOKENS)
+        v[t] = even_elements(load_bf16(x[t] + k, n, masked));
     EACH (r, TILE_ROWS) {
         __m512 w = _mm512_load_ps(panel + r * OPERAND_BYTES + 64);
-        EACH (t, T)
+        EACH (t, TILE_TOKENS)
             acc[r][t] = _mm512_fmadd_ps(w, v[t], acc[r][t]);
     }
 }
@@ -56,7 +59,7 @@ INLINE void multiply_tile(__m512 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *pan
 /* Scales of one row for one span of columns. */
 struct row_scale {
     __m512 first;           /* FP8: the first factor of a code times 2^-120 */
-    __m512 block;           /* FP8: the scale as it is (rule 3 and the two-factor forms) */
+    float block;            /* FP8: the scale as it is (rule 3 and the two-factor forms) */
     float each[SPAN_STEPS]; /* FP4: of each step */
 };
 
@@ -68,7 +71,7 @@ INLINE void prepare_scale(const enum form form, const struct dsv4_weight *w, siz
         out->first = _mm512_castsi512_ps(_mm512_set1_epi32((int)((byte + 120) << 23)));
     } else if (is_fp8(form)) {
         out->first = rebase;
-        out->block = _mm512_set1_ps(read_scale(w, scales + (size_t)(k / SPAN_FP8)));
+        out->block = read_scale(w, scales + (size_t)(k / SPAN_FP8));
     } else if (is_fp4(form)) {
         const uint8_t *bytes = (const uint8_t *)w->scale + scales + k / DSV4_FP4_BLOCK;
         __m512i wide = fp4_scale_bytes(bytes, n);
@@ -82,8 +85,8 @@ INLINE operand decode_fp8(const enum form form, __m256i codes, const struct row_
     operand w = {_mm512_mul_ps(_mm512_castsi512_ps(odd), scale->first),
                  _mm512_mul_ps(_mm512_castsi512_ps(even), scale->first)};
     if (form == FP8_WIDE || form == FP8_ROUND) {
-        w.odd = _mm512_mul_ps(w.odd, scale->block);
-        w.even = _mm512_mul_ps(w.even, scale->block);
+        w.odd = _mm512_mul_ps(w.odd, _mm512_set1_ps(scale->block));
+        w.even = _mm512_mul_ps(w.even, _mm512_set1_ps(scale->block));
     }
     if (form == FP8_ROUND) {
         w.odd = _mm512_castsi512_ps(round_to_bf16(w.odd));
@@ -104,12 +107,13 @@ INLINE operand decode_fp4(const enum form form, __m128i codes, float scale) {
                      _mm512_permutexvar_ps(i, table)};
 }
 
-INLINE operand decode_f32(const uint8_t *p, __mmask32 mask, const int masked) {
+INLINE operand decode_f32(const uint8_t *p, int32_t n, const int masked) {
     const __m512i evens =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-    __m512i low = masked ? _mm512_maskz_loadu_epi32((__mmask16)mask, p) : _mm512_loadu_si512(p);
-    __m512i high = masked ? _mm512_maskz_loadu_epi32((__mmask16)(mask >> 16), p + 64)
+    __m512i low =
+        masked ? _mm512_maskz_loadu_epi32((__mmask16)step_mask(n), p) : _mm512_loadu_si512(p);
+    __m512i high = masked ? _mm512_maskz_loadu_epi32((__mmask16)(step_mask(n) >> 16), p + 64)
                           : _mm512_loadu_si512(p + 64);
     return (operand){_mm512_castsi512_ps(flush_f32(_mm512_permutex2var_epi32(low, odds, high))),
                      _mm512_castsi512_ps(flush_f32(_mm512_permutex2var_epi32(low, evens, high)))};
@@ -117,9 +121,9 @@ INLINE operand decode_f32(const uint8_t *p, __mmask32 mask, const int masked) {
 
 /* One step of one row: 32 weights at p; `step` counts from the start of the span. */
 INLINE operand decode(const enum form form, const uint8_t *p, const struct row_scale *scale,
-                      int step, __mmask32 mask, const int masked, __m256i *seen) {
+                      int step, int32_t n, const int masked, __m256i *seen) {
     if (is_fp8(form)) {
-        __m256i codes = load_codes(p, mask, masked);
+        __m256i codes = load_codes(p, n, masked);
         *seen = see_codes(*seen, codes);
         return decode_fp8(form, codes, scale);
     }
@@ -127,106 +131,36 @@ INLINE operand decode(const enum form form, const uint8_t *p, const struct row_s
         return decode_fp4(form, _mm_loadu_si128((const __m128i *)(const void *)p),
                           scale->each[step]);
     if (form == BF16_PLAIN)
-        return expand(flush_bf16(load_x((const dsv4_bf16 *)(const void *)p, mask, masked)));
-    return decode_f32(p, mask, masked);
+        return expand(flush_bf16(load_bf16(p, n, masked)));
+    return decode_f32(p, n, masked);
 }
 
-#include "linear_tiles_avx512.h"
+#define LINEAR_SET avx512
+#define F32_OPERANDS 1
+#include "cpu/linear_entries.h"
 
-/* Whether every FOLD scale of the call's rows is at most FOLD_ONCE_MAX. */
-static int folds_once(const struct dsv4_linear_args *a) {
-    size_t per_row = row_scales(FP8_FOLD, DSV4_FP8_BLOCK, a->w->cols);
-    const uint8_t *s = a->w->scale;
-    uint8_t largest = 0;
-    for (size_t i = (size_t)(a->row0 / DSV4_FP8_BLOCK) * per_row;
-         i < ((size_t)(a->row1 + DSV4_FP8_BLOCK - 1) / DSV4_FP8_BLOCK) * per_row; i++)
-        largest = s[i] > largest ? s[i] : largest;
-    return largest <= FOLD_ONCE_MAX;
-}
-
-/* Everything but one token with ordinary scales; rows from `row` on. */
-static NOINLINE void few_fp8_rest(const struct dsv4_linear_args *a, int32_t row) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        few_plain(a, FP8_BLOCK);
-    else if (a->w->scale_rule == DSV4_SCALE_ROUND)
-        few_plain(a, FP8_ROUND);
-    else if (!folds_once(a))
-        few_plain(a, FP8_WIDE);
-    else
-        few_rows(a, FP8_FOLD, row);
-}
-
-static NOINLINE void few_fp4_rest(const struct dsv4_linear_args *a, int32_t row) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        few_plain(a, FP4_BLOCK);
-    else
-        few_rows(a, FP4_FOLD, row);
-}
-
-static NOINLINE void few_bf16_rest(const struct dsv4_linear_args *a, int32_t row) {
-    few_rows(a, BF16_PLAIN, row);
-}
-
-/* One entry for each way to walk. */
-#define WALK(name, rows, spaced, ahead)                                                            \
-    static void dsv4k_linear_few_fp8_avx512_##name(const struct dsv4_linear_args *a) {             \
-        int fast = a->n_tok == 1 && a->w->scale_rule == DSV4_SCALE_FOLD && folds_once(a);          \
-        few_fp8_rest(a, fast ? few_walk(a, FP8_FOLD, rows, spaced, ahead) : a->row0);              \
-    }                                                                                              \
-    static void dsv4k_linear_few_fp4_avx512_##name(const struct dsv4_linear_args *a) {             \
-        int fast = a->n_tok == 1 && a->w->scale_rule == DSV4_SCALE_FOLD;                           \
-        few_fp4_rest(a, fast ? few_walk(a, FP4_FOLD, rows, spaced, ahead) : a->row0);              \
-    }                                                                                              \
-    static void dsv4k_linear_few_bf16_avx512_##name(const struct dsv4_linear_args *a) {            \
-        few_bf16_rest(a, a->n_tok == 1 ? few_walk(a, BF16_PLAIN, rows, spaced, ahead) : a->row0);  \
-    }
-WALK(rows4, 4, 0, 2048)
-WALK(rows4_spaced, 4, 1, 2048)
-WALK(rows4_far, 4, 0, 8192)
-WALK(rows8, 8, 0, 2048)
+LINEAR_WALK(rows4, 4, 0, 2048)
+LINEAR_WALK(rows4_spaced, 4, 1, 2048)
+LINEAR_WALK(rows4_far, 4, 0, 8192)
+LINEAR_WALK(rows8, 8, 0, 2048)
 
 static void dsv4k_linear_few_f32_avx512(const struct dsv4_linear_args *a) {
+    assert(a->w->format == DSV4_W_F32);
     few_rows(a, F32_PLAIN, a->row0);
 }
 
-static void dsv4k_linear_many_fp8_avx512(const struct dsv4_linear_args *a) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        many(a, FP8_BLOCK);
-    else if (a->w->scale_rule == DSV4_SCALE_ROUND)
-        many(a, FP8_ROUND);
-    else
-        many(a, FP8_WIDE);
-}
-
-static void dsv4k_linear_many_fp4_avx512(const struct dsv4_linear_args *a) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        many(a, FP4_BLOCK);
-    else
-        many(a, FP4_FOLD);
-}
-
-static void dsv4k_linear_many_bf16_avx512(const struct dsv4_linear_args *a) {
-    many(a, BF16_PLAIN);
-}
-
 static void dsv4k_linear_many_f32_avx512(const struct dsv4_linear_args *a) {
+    assert(a->w->format == DSV4_W_F32);
     many(a, F32_PLAIN);
 }
 
-#define WALKS(name, label)                                                                         \
-    DSV4_VARIANT(linear_few_fp8, dsv4k_linear_few_fp8_avx512_##name, label, 1),                    \
-        DSV4_VARIANT(linear_few_fp4, dsv4k_linear_few_fp4_avx512_##name, label, 1),                \
-        DSV4_VARIANT(linear_few_bf16, dsv4k_linear_few_bf16_avx512_##name, label, 1)
-
 const struct dsv4_variant dsv4k_avx512_linear[] = {
-    WALKS(rows4, "avx512/rows4"),
-    WALKS(rows4_spaced, "avx512/rows4_spaced"),
-    WALKS(rows4_far, "avx512/rows4_far"),
-    WALKS(rows8, "avx512/rows8"),
+    LINEAR_WALK_VARIANTS(rows4),
+    LINEAR_WALK_VARIANTS(rows4_spaced),
+    LINEAR_WALK_VARIANTS(rows4_far),
+    LINEAR_WALK_VARIANTS(rows8),
+    LINEAR_MANY_VARIANTS,
     DSV4_VARIANT(linear_few_f32, dsv4k_linear_few_f32_avx512, "avx512", 0),
-    DSV4_VARIANT(linear_many_fp8, dsv4k_linear_many_fp8_avx512, "avx512", 1),
-    DSV4_VARIANT(linear_many_fp4, dsv4k_linear_many_fp4_avx512, "avx512", 1),
-    DSV4_VARIANT(linear_many_bf16, dsv4k_linear_many_bf16_avx512, "avx512", 1),
     DSV4_VARIANT(linear_many_f32, dsv4k_linear_many_f32_avx512, "avx512", 0),
     {NULL, NULL, 0, 0},
 };

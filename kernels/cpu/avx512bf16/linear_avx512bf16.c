@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Linear layers with vdpbf16ps, which is one step of rule 1: a register of 32 bf16 weights, one of
- * 32 bf16 x. Contract: kernels.h; loops: linear_tiles_avx512.h.  f32 weights have no bf16 form and
+ * 32 bf16 x. Contract: kernels.h; loops: linear_tiles.h.  f32 weights have no bf16 form and
  * stay with avx512.
  */
 #include "cpu/avx512/linear_decode_avx512.h"
@@ -10,8 +10,8 @@ enum { TILE_ROWS = 6, TILE_TOKENS = 4, OPERAND_BYTES = 64 };
 
 typedef __m512i operand;
 
-INLINE operand expand(__m512i bf16) {
-    return bf16;
+INLINE operand load_operand(const dsv4_bf16 *x, int32_t n, const int masked) {
+    return load_bf16(x, n, masked);
 }
 
 INLINE __m512 multiply_add(__m512 acc, operand w, operand x) {
@@ -23,14 +23,13 @@ INLINE void operand_store(uint8_t *p, operand w) {
 }
 
 INLINE void multiply_tile(__m512 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *panel,
-                          const dsv4_bf16 *const *x, int32_t k, __mmask32 mask, const int masked,
-                          const int T) {
+                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked) {
     operand v[TILE_TOKENS];
-    EACH (t, T)
-        v[t] = load_x(x[t] + k, mask, masked);
+    EACH (t, TILE_TOKENS)
+        v[t] = load_bf16(x[t] + k, n, masked);
     EACH (r, TILE_ROWS) {
         operand w = _mm512_load_si512(panel + r * OPERAND_BYTES);
-        EACH (t, T)
+        EACH (t, TILE_TOKENS)
             acc[r][t] = multiply_add(acc[r][t], w, v[t]);
     }
 }
@@ -38,7 +37,7 @@ INLINE void multiply_tile(__m512 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *pan
 /* Scales of one row for one span of columns. */
 struct row_scale {
     __m512i exponent; /* FP8: what is added to a code's exponent field, in words */
-    __m512 block;     /* FP8: the scale as it is (rule 3, DSV4_SCALE_ROUND) */
+    float block;      /* FP8: the scale as it is (rule 3, DSV4_SCALE_ROUND) */
     /* FP4: of each step; the exponent in both words of 32 bits, or the scale as float */
     union {
         uint32_t words[SPAN_STEPS];
@@ -57,7 +56,7 @@ INLINE void prepare_scale(const enum form form, const struct dsv4_weight *w, siz
         out->exponent = rebase(((const uint8_t *)w->scale)[scales + (size_t)(k / SPAN_FP8)]);
     } else if (is_fp8(form)) {
         out->exponent = rebase(127);
-        out->block = _mm512_set1_ps(read_scale(w, scales + (size_t)(k / SPAN_FP8)));
+        out->block = read_scale(w, scales + (size_t)(k / SPAN_FP8));
     } else if (is_fp4(form)) {
         const uint8_t *bytes = (const uint8_t *)w->scale + scales + k / DSV4_FP4_BLOCK;
         __m512i wide = fp4_scale_bytes(bytes, n);
@@ -125,92 +124,33 @@ INLINE operand decode_fp4(const enum form form, __m128i codes, uint32_t exponent
 
 /* One step of one row: 32 weights at p; `step` counts from the start of the span. */
 INLINE operand decode(const enum form form, const uint8_t *p, const struct row_scale *scale,
-                      int step, __mmask32 mask, const int masked, __m256i *seen) {
+                      int step, int32_t n, const int masked, __m256i *seen) {
     if (is_fp8(form)) {
-        __m256i codes = load_codes(p, mask, masked);
+        __m256i codes = load_codes(p, n, masked);
         *seen = see_codes(*seen, codes);
-        return form == FP8_ROUND ? decode_rounded(codes, scale->block)
+        return form == FP8_ROUND ? decode_rounded(codes, _mm512_set1_ps(scale->block))
                                  : decode_fp8(codes, scale->exponent);
     }
     if (is_fp4(form))
         return decode_fp4(form, _mm_loadu_si128((const __m128i *)(const void *)p),
                           scale->words[step]);
-    return flush_bf16(load_x((const dsv4_bf16 *)(const void *)p, mask, masked));
+    return flush_bf16(load_bf16(p, n, masked));
 }
 
-#include "cpu/avx512/linear_tiles_avx512.h"
+#define LINEAR_SET avx512bf16
+#define F32_OPERANDS 0
+#include "cpu/linear_entries.h"
 
-/* Everything but one token with ordinary scales; rows from `row` on. */
-static NOINLINE void few_fp8_rest(const struct dsv4_linear_args *a, int32_t row) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        few_plain(a, FP8_BLOCK);
-    else if (a->w->scale_rule == DSV4_SCALE_ROUND)
-        few_plain(a, FP8_ROUND);
-    else
-        few_rows(a, FP8_FOLD, row);
-}
-
-static NOINLINE void few_fp4_rest(const struct dsv4_linear_args *a, int32_t row) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        few_plain(a, FP4_BLOCK);
-    else
-        few_rows(a, FP4_FOLD, row);
-}
-
-static NOINLINE void few_bf16_rest(const struct dsv4_linear_args *a, int32_t row) {
-    few_rows(a, BF16_PLAIN, row);
-}
-
-/* One entry for each way to walk. */
-#define WALK(name, rows, spaced, ahead)                                                            \
-    static void dsv4k_linear_few_fp8_avx512bf16_##name(const struct dsv4_linear_args *a) {         \
-        int fast = a->n_tok == 1 && a->w->scale_rule == DSV4_SCALE_FOLD;                           \
-        few_fp8_rest(a, fast ? few_walk(a, FP8_FOLD, rows, spaced, ahead) : a->row0);              \
-    }                                                                                              \
-    static void dsv4k_linear_few_fp4_avx512bf16_##name(const struct dsv4_linear_args *a) {         \
-        int fast = a->n_tok == 1 && a->w->scale_rule == DSV4_SCALE_FOLD;                           \
-        few_fp4_rest(a, fast ? few_walk(a, FP4_FOLD, rows, spaced, ahead) : a->row0);              \
-    }                                                                                              \
-    static void dsv4k_linear_few_bf16_avx512bf16_##name(const struct dsv4_linear_args *a) {        \
-        few_bf16_rest(a, a->n_tok == 1 ? few_walk(a, BF16_PLAIN, rows, spaced, ahead) : a->row0);  \
-    }
-WALK(rows4, 4, 0, 2048)
-WALK(rows4_spaced, 4, 1, 2048)
-WALK(rows4_far, 4, 0, 8192)
-WALK(rows8, 8, 0, 2048)
-
-static void dsv4k_linear_many_fp8_avx512bf16(const struct dsv4_linear_args *a) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        many(a, FP8_BLOCK);
-    else if (a->w->scale_rule == DSV4_SCALE_ROUND)
-        many(a, FP8_ROUND);
-    else
-        many(a, FP8_FOLD);
-}
-
-static void dsv4k_linear_many_fp4_avx512bf16(const struct dsv4_linear_args *a) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        many(a, FP4_BLOCK);
-    else
-        many(a, FP4_FOLD);
-}
-
-static void dsv4k_linear_many_bf16_avx512bf16(const struct dsv4_linear_args *a) {
-    many(a, BF16_PLAIN);
-}
-
-#define WALKS(name, label)                                                                         \
-    DSV4_VARIANT(linear_few_fp8, dsv4k_linear_few_fp8_avx512bf16_##name, label, 1),                \
-        DSV4_VARIANT(linear_few_fp4, dsv4k_linear_few_fp4_avx512bf16_##name, label, 1),            \
-        DSV4_VARIANT(linear_few_bf16, dsv4k_linear_few_bf16_avx512bf16_##name, label, 1)
+LINEAR_WALK(rows4, 4, 0, 2048)
+LINEAR_WALK(rows4_spaced, 4, 1, 2048)
+LINEAR_WALK(rows4_far, 4, 0, 8192)
+LINEAR_WALK(rows8, 8, 0, 2048)
 
 const struct dsv4_variant dsv4k_avx512bf16_linear[] = {
-    WALKS(rows4, "avx512bf16/rows4"),
-    WALKS(rows4_spaced, "avx512bf16/rows4_spaced"),
-    WALKS(rows4_far, "avx512bf16/rows4_far"),
-    WALKS(rows8, "avx512bf16/rows8"),
-    DSV4_VARIANT(linear_many_fp8, dsv4k_linear_many_fp8_avx512bf16, "avx512bf16", 1),
-    DSV4_VARIANT(linear_many_fp4, dsv4k_linear_many_fp4_avx512bf16, "avx512bf16", 1),
-    DSV4_VARIANT(linear_many_bf16, dsv4k_linear_many_bf16_avx512bf16, "avx512bf16", 1),
+    LINEAR_WALK_VARIANTS(rows4),
+    LINEAR_WALK_VARIANTS(rows4_spaced),
+    LINEAR_WALK_VARIANTS(rows4_far),
+    LINEAR_WALK_VARIANTS(rows8),
+    LINEAR_MANY_VARIANTS,
     {NULL, NULL, 0, 0},
 };
