@@ -122,15 +122,16 @@ static double seconds_lock_held(struct dsv4_trial **trial, const struct dsv4_var
 static const struct dsv4_variant *choose_lock_held(enum dsv4_op op, unsigned sets,
                                                    struct dsv4_trial **trial) {
     const struct dsv4_variant *v[MAX_VARIANTS];
-    int n = collect(op, sets, v, MAX_VARIANTS);
+    int n = collect(op, sets, v, MAX_VARIANTS), rivals = 0;
     const struct dsv4_variant *best = v[n - 1];
-    if (!best->competes)
+    const unsigned wide = variant_needs(best) & DSV4_SET_AVX512;
+    for (int i = 0; i < n; i++)
+        if (v[i]->competes && (variant_needs(v[i]) & DSV4_SET_AVX512) == wide)
+            v[rivals++] = v[i];
+    if (!best->competes || rivals < 2)
         return best;
-    unsigned wide = variant_needs(best) & DSV4_SET_AVX512;
     double best_seconds = seconds_lock_held(trial, best);
-    for (int i = n - 2; i >= 0; i--) {
-        if (!v[i]->competes || (variant_needs(v[i]) & DSV4_SET_AVX512) != wide)
-            continue;
+    for (int i = rivals - 2; i >= 0; i--) {
         double seconds = seconds_lock_held(trial, v[i]);
         if (seconds < best_seconds) {
             best = v[i];

@@ -163,8 +163,8 @@ INLINE operand decode_fp4(const enum form form, __m128i codes, float scale) {
     __m256 table = _mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6);
     if (form == FP4_FOLD)
         table = _mm256_mul_ps(table, _mm256_set1_ps(scale));
-    __m256i i = _mm256_cvtepu8_epi32(codes);
-    __m256i odd_sign = _mm256_and_si256(_mm256_slli_epi32(i, 24), sign);
+    __m256i i = _mm256_cvtepi8_epi32(codes); /* the odd element's sign is now the upper bit */
+    __m256i odd_sign = _mm256_and_si256(i, sign);
     __m256i even_sign = _mm256_and_si256(_mm256_slli_epi32(i, 28), sign);
     return (operand){
         _mm256_xor_ps(_mm256_permutevar8x32_ps(table, _mm256_srli_epi32(i, 4)),
