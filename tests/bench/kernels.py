@@ -39,7 +39,7 @@ SHAPES = [  # format, name, rows, cols: V4-Flash, SPEC 6.2
     ("fp4", "expert w1", 2048, 4096),
     ("fp4", "expert w2", 4096, 2048),
     ("bf16", "wo_a group", 1024, 4096),
-    ("bf16", "head", 129280, 4096),
+    ("bf16", "head (1/8)", 16160, 4096),
     ("f32", "hc fn", 24, 16384),
 ]
 BITS = {"fp8": 8, "fp4": 4, "bf16": 16, "f32": 32}

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "vectors"))
 
 import contract  # noqa: E402
 import door  # noqa: E402
+from stored import tensor  # noqa: E402
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 FORMATS = {"fp8": door.W_FP8, "fp4": door.W_FP4, "bf16": door.W_BF16, "f32": door.W_F32}
@@ -147,6 +148,18 @@ def test_gather_and_row_range(kernel: door.Variant, bits: Any) -> None:
     want = np.zeros_like(got)
     want[:, 1:4] = bits["bf16/f32"][tok, 1:4]
     assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("kernel", linear_variants("bf16"))
+def test_head(kernel: door.Variant, ops: Any, nano: Any) -> None:
+    """The logits of nano-flash.  256 columns are 16 additions a lane and 4 of the tree, so a sum is
+    within 20 * 2^-24 of the sum of its terms' magnitudes; a logit near 0 has no smaller bound."""
+    weight = make_weight("bf16", door.bf16_bits(tensor(nano("nano-flash"), "head.weight")))
+    got = door.linear(kernel, ops["head/x"], weight)
+    x, w = door.bf16_values(ops["head/x"]), door.bf16_values(weight.keep[0])
+    assert np.array_equal(got, contract.dot(x, w))
+    bound = 20 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64))
+    assert (np.abs(got - ops["head/logits"]) <= bound).all()
 
 
 def test_structures() -> None:
