@@ -116,11 +116,7 @@ def load(
         _check_fits(needs, mmap)
         tokenizer, defaults = _text_files(folder, checkpoint.config)
         with _Progress(str(folder)) as progress:
-            core = _core.Model(
-                _engine_config(checkpoint.config),
-                [(shard.name, shard.fd, shard.size) for shard in checkpoint.shards],
-                [_engine_tensor(info) for info in checkpoint.tensors.values()], options, progress,
-            )
+            core = engine(checkpoint, options, progress)
         return Model(core, checkpoint, tokenizer, defaults, needs, options)
 
 
@@ -216,6 +212,18 @@ def _text_files(folder: Path, config: Config) -> tuple[Tokenizer | None, dict[st
     return tokenizer, defaults
 
 
+def engine(
+    checkpoint: Checkpoint, options: dict[str, Any],
+    progress: Callable[[int, int], object] | None = None,
+) -> _core.Model:
+    """Hand a checkpoint to the engine, which maps it, binds every tensor and reads every scale."""
+    return _core.Model(
+        _engine_config(checkpoint.config),
+        [(shard.name, shard.fd, shard.size) for shard in checkpoint.shards],
+        [_engine_tensor(info) for info in checkpoint.tensors.values()], options, progress,
+    )
+
+
 def _engine_config(config: Config) -> dict[str, Any]:
     """The fields of struct dsv4_config."""
     scaling = config.rope_scaling
@@ -250,8 +258,8 @@ class _Progress:
     The engine calls it with bytes done and bytes in all.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, doing: str = "loading") -> None:
+        self.name = f"{doing} {name}"
         self.bar: Any = None
 
     def __enter__(self) -> Callable[[int, int], None] | None:
@@ -264,7 +272,7 @@ class _Progress:
         except ImportError:
             return None
         self.bar = tqdm(
-            desc=f"loading {self.name}", unit="B", unit_scale=True, delay=0.5, leave=False)
+            desc=self.name, unit="B", unit_scale=True, delay=0.5, leave=False)
         return self._show
 
     def _show(self, done: int, total: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import dsv4
-from dsv4 import _core, loading, nano
+from dsv4 import loading, nano
 
 PARTS = ("streams", "attention", "ffn", "experts", "expert_weights", "index_selected")
 WINDOW, COMPRESSED, INDEX = range(3)
@@ -25,15 +25,6 @@ TINY: dict[str, Any] = dict(
     moe_intermediate_size=128, n_routed_experts=6, num_experts_per_tok=2, hc_mult=2,
     hc_sinkhorn_iters=3, sliding_window=32, vocab_size=97, max_position_embeddings=4096,
 )
-
-
-def masks() -> list[str]:
-    """DSV4_CPU_DISABLE values that give different kernels on this machine: all sets, then fewer."""
-    tables = {}
-    for disable in ["", *(name for name, here in reversed(_core.cpu_sets()) if here)]:
-        chosen = tuple(v[:2] for v in _core.kernel_variants(disable or None) if v[3])
-        tables.setdefault(chosen, disable)
-    return list(tables.values())
 
 
 def load(

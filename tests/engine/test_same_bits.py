@@ -9,7 +9,9 @@ over two passes) makes these tests fail; that was tried for each.
 
 import numpy as np
 import pytest
-from harness import fed, load, masks, pieces, prompt, same, state, step_with
+from harness import fed, load, pieces, prompt, same, state, step_with
+
+from dsv4.kernel_calls import masks
 
 NANO = ("nano-flash", "nano-base", "nano-odd")
 MASKS = masks()
