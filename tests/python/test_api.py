@@ -16,6 +16,7 @@ import pytest
 
 import dsv4
 from dsv4 import _core, checksums, loading, memory
+from dsv4 import nano as nano_module
 from dsv4.loading import _thread_count
 from dsv4.model import from_bf16, to_bf16
 
@@ -234,6 +235,14 @@ def test_numerics_differ(flash: dsv4.Model) -> None:
         assert not np.array_equal(weights.session().append(ids), flash.session().append(ids))
 
 
+def test_april_switches(flash: dsv4.Model) -> None:
+    ids = [0, *range(7, 40)]
+    with dsv4.load(flash.path, april_kv=True, threads=1) as april:
+        assert not np.array_equal(april.session().append(ids), flash.session().append(ids))
+    options = loading._options("cpu", 1, "official", True, False, True)
+    assert options["april_shared"] == 1 and options["april_kv"] == 0
+
+
 def test_no_tokenizer_means_ids(flash: dsv4.Model) -> None:
     assert flash.tokenizer is None
     with pytest.raises(ValueError, match="prompt: got text, but .* no tokenizer.json"):
@@ -265,18 +274,36 @@ def test_closed_objects(nano: Callable[[str], Path]) -> None:
         _ = session.position
 
 
-def test_a_view_outlives_its_model(nano: Callable[[str], Path]) -> None:
-    def view() -> Any:
-        with dsv4.load(nano("nano-odd"), threads=1) as loaded:
-            return loaded._core.tensor("norm.weight")
+def test_weights_stay_as_long_as_somebody_uses_them(tmp_path: Path) -> None:
+    folder = nano_module.make_stored("nano-odd", tmp_path)
 
-    array = view()
-    gc.collect()
-    with dsv4.load(nano("nano-odd"), threads=1) as again:
-        np.testing.assert_array_equal(array, again._core.tensor("norm.weight"))
-    assert not array.flags.writeable
+    def mapped() -> bool:
+        gc.collect()
+        return str(folder) in Path("/proc/self/maps").read_text()
+
+    loaded = dsv4.load(folder, threads=1)
+    view = loaded._core.tensor("norm.weight")
+    session = loaded.session()
+    wanted = view.copy()
+    loaded.close()
+    assert mapped()
+    del session
+    assert mapped()
+    np.testing.assert_array_equal(view, wanted)
+    assert not view.flags.writeable
     with pytest.raises(ValueError):
-        array.flags.writeable = True
+        view.flags.writeable = True
+    part = view[3:5]
+    del view
+    assert mapped()
+    del part
+    assert not mapped()
+    loaded = dsv4.load(folder, threads=1)
+    session = loaded.session()
+    loaded.close()
+    assert mapped() and session.position == 0
+    del session
+    assert not mapped()
 
 
 # ---- sessions ----
@@ -303,6 +330,10 @@ def test_text_gets_bos_at_position_zero_only(model: dsv4.Model) -> None:
     encode = model.tokenizer.encode
     wanted = [model.config.bos_token_id, *encode("Good night"), *encode(", sweet")]
     assert session.tokens.tolist() == wanted
+    other = model.session()
+    for text in ("Good night", ", sweet"):
+        model.step([(other, text)], logits="none")
+    assert other.tokens.tolist() == wanted
 
 
 def test_markers_in_text_are_plain_unless_asked(model: dsv4.Model) -> None:

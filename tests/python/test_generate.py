@@ -107,6 +107,28 @@ def test_defaults_come_from_generation_config(model: dsv4.Model) -> None:
     assert model.generation_config["eos_token_id"] == model.config.eos_token_id
 
 
+def test_penalties_count_the_prompt_and_the_session(flash: dsv4.Model) -> None:
+    options: dict[str, Any] = dict(max_new_tokens=1, temperature=0, repetition_penalty=4.0)
+    start = [0, 1, 2]
+    for _ in range(6):
+        start.append(int(np.argmax(flash.session().append(start))))
+    checked = 0
+    for last in range(5, 60):
+        row = flash.session().append([*start, last])[0]
+        best = int(np.argmax(row))
+        seen = sorted({*start, last})
+        row[seen] = np.where(row[seen] > 0, row[seen] / 4, row[seen] * 4)
+        if best not in start or best == int(np.argmax(row)):
+            continue
+        wanted = [int(np.argmax(row))]
+        assert one(flash.generate([*start, last], **options)).tokens == wanted
+        session = flash.session()
+        session.append(start, logits="none")
+        assert one(flash.generate([last], session=session, **options)).tokens == wanted
+        checked += 1
+    assert checked
+
+
 # ---- what ends an answer ----
 
 def test_stop_ids_and_end_of_sentence(model: dsv4.Model) -> None:
@@ -300,6 +322,30 @@ def test_tool_calls(model: dsv4.Model) -> None:
     assert not any("DSML" in e.text for e in events)
 
 
+def test_text_held_back_comes_before_a_tool_call(model: dsv4.Model) -> None:
+    call = ("\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"f\">\n\n"
+            "</｜DSML｜invoke>\n</｜DSML｜tool_calls>")
+    events = list(model.stream([{"role": "user", "content": "x"}], stop="#!",
+                               force_tokens=forced(model, f"Wait#{call}{EOS}")))
+    shown = "".join("[call]" if e.kind == "tool_call" else e.text for e in events)
+    assert shown == "Wait#[call]"
+
+
+def test_special_tokens_in_raw_answers_are_not_shown(model: dsv4.Model) -> None:
+    tokens = forced(model, f"one{EOS}two")
+    answer = one(model.generate("a", force_tokens=tokens, max_new_tokens=len(tokens),
+                                ignore_eos=True))
+    assert answer.tokens == tokens and answer.text == "onetwo"
+
+
+def test_messages_continue_a_session_without_another_bos(model: dsv4.Model) -> None:
+    session = model.session()
+    messages = [{"role": "user", "content": "x"}]
+    for _ in range(2):
+        model.generate(messages, max_new_tokens=1, session=session)
+    assert session.tokens.tolist().count(model.config.bos_token_id) == 1
+
+
 def test_several_conversations(model: dsv4.Model) -> None:
     talks = [[{"role": "user", "content": text}] for text in ("a", "b")]
     answers = many(model.generate(talks, max_new_tokens=3, seed=1))
@@ -322,6 +368,7 @@ def test_closing_a_stream_cancels(model: dsv4.Model) -> None:
     next(stream)
     stream.close()
     stream.close()
+    assert repr(stream._answers[0].session) == "<dsv4.Session, closed>"
     answer = stream.completions[0]
     assert answer.finish_reason == "cancelled" and 0 < len(answer.tokens) < 500
     with pytest.raises(StopIteration):
