@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The choice of variants: complete without any set, nothing of a disabled set or of one that builds
- * on it, same twice. */
+ * on it, the same twice; the self-test tells orders of sums apart. */
 #include "check.h"
+
+#include "cpu/trial.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -34,6 +36,33 @@ static void check_unknown(const char *disable, size_t position) {
     check_true(!chosen[0], "a refused list changed the output");
 }
 
+/* A dot product that takes even elements first: what the self-test must refuse. */
+static void even_first(const struct dsv4_linear_args *a) {
+    const dsv4_bf16 *w = a->w->data;
+    for (int32_t t = 0; t < a->n_tok; t++)
+        for (int32_t r = 0; r < a->w->rows; r++) {
+            float lane[16] = {0};
+            for (int32_t k = 0; k < a->w->cols; k++)
+                lane[k % 32 / 2] += dsv4_bf16_to_f32(a->x[t * a->ld_x + k]) *
+                                    dsv4_bf16_to_f32(w[r * a->w->cols + k]);
+            for (int half = 8; half > 0; half /= 2)
+                for (int i = 0; i < half; i++)
+                    lane[i] += lane[i + half];
+            ((float *)a->out)[t * a->ld_out + r] = lane[0];
+        }
+}
+
+static void check_self_test(void) {
+    const struct dsv4_variant wrong = DSV4_VARIANT(linear_many_bf16, even_first, "wrong", 0);
+    const struct dsv4_variant *v[CHECK_MAX_VARIANTS];
+    check_variants(DSV4_OP_linear_many_bf16, v);
+    struct dsv4_trial *trial = dsv4k_trial_create();
+    check_true(trial != NULL, "no memory for the experiments");
+    check_true(dsv4k_trial_equal(trial, v[0], v[0]), "the self-test refuses ref");
+    check_true(!dsv4k_trial_equal(trial, &wrong, v[0]), "the self-test accepts another order");
+    dsv4k_trial_destroy(trial);
+}
+
 void check_dispatch(void) {
     static const char *const all[] = {"avx2", "avx512", "avx512vnni", "avx512bf16"};
     check_mask(NULL, NULL, 0);
@@ -46,6 +75,7 @@ void check_dispatch(void) {
     check_unknown("sse9", 0);
     check_unknown("avx2,avx", 5);
     check_unknown("avx512 ", 0);
+    check_self_test();
     for (int op = 0; op < DSV4_OP_COUNT; op++) {
         const struct dsv4_variant *v[CHECK_MAX_VARIANTS];
         int n = check_variants((enum dsv4_op)op, v);
