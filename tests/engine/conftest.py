@@ -18,8 +18,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Iterator[dsv4.Model]:
-    """It, loaded with one thread: a team's barriers cost more than so small a model."""
-    with harness.load(tiny_folder, threads=1) as model:
+    """It, loaded with one thread: so small a model gains nothing from a team."""
+    with harness.load(tiny_folder) as model:
         yield model
 
 
@@ -30,7 +30,7 @@ def models(nano: Callable[[str], Path]) -> Iterator[Callable[..., dsv4.Model]]:
 
     def model(name: str, numerics: str = "official") -> dsv4.Model:
         if (name, numerics) not in loaded:
-            loaded[name, numerics] = harness.load(nano(name), threads=1, numerics=numerics)
+            loaded[name, numerics] = harness.load(nano(name), numerics=numerics)
         return loaded[name, numerics]
 
     yield model

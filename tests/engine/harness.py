@@ -28,7 +28,7 @@ TINY: dict[str, Any] = dict(
 
 
 def load(
-    folder: str | os.PathLike[str], *, threads: int = 2, disable: str | None = None,
+    folder: str | os.PathLike[str], *, threads: int = 1, disable: str | None = None,
     chunk: int = 0, **options: Any,
 ) -> dsv4.Model:
     """`dsv4.load` without the instruction sets of `disable`, with passes of `chunk` tokens."""
