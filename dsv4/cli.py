@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -400,6 +399,8 @@ def _machine_facts() -> dict[str, Any]:
 # ---- verify ----
 
 def _verify(args: argparse.Namespace) -> int:
-    report = import_module("dsv4.verify").verify(args.path)
+    from dsv4.verify import verify
+
+    report = verify(args.path)
     print(json.dumps(report.as_dict()) if args.json else report)
     return 0 if report.ok else FAILED
