@@ -248,7 +248,7 @@ def main() -> None:
     p.add_argument("--out", required=True, help="the checkpoint folder")
     p.add_argument("--vectors", help="also write this .npz of expected values")
     p.add_argument("--measure", action="store_true", help="with bits per byte (minutes)")
-    p.add_argument("--temperature", type=float, default=0.8, help="generation_config.json")
+    p.add_argument("--temperature", type=float, default=0.7, help="generation_config.json")
     a = p.parse_args()
     t = train.Trainer(train.arguments(["--run", a.run, "--resume"]))
     cfg = dict(t.cfg)

@@ -2,6 +2,7 @@
 """Trains the model inside the package on two CPU cores; `--eval` measures, `--sample` writes text.
 
     python train.py --run RUN                     train (or go on: --resume)
+    python train.py --run RUN --merge RUN/kept-*.pt   average the kept checkpoints
     python train.py --run RUN --draft-steps 400   then train the MTP block on the frozen model
     python train.py --run RUN --eval official     bits per byte on the held-out text
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -91,8 +93,9 @@ class Trainer:
         self.params = {n: p.requires_grad_() for n, p in P.initial(self.cfg, a.seed).items()}
         self.ema = {n: p.detach().clone() for n, p in self.params.items()}
         self.step, self.seconds, self.history, self.stopped = 0, 0.0, [], False
+        self.phase = 0.0  # training seconds before this phase
         self.optimisers("layers." if not a.draft_steps else "mtp.")
-        if a.resume or a.draft_steps or a.eval or a.sample:
+        if a.resume or a.draft_steps or a.eval or a.sample or a.merge:
             self.load()
 
     def optimisers(self, prefix: str) -> None:
@@ -119,6 +122,16 @@ class Trainer:
         os.replace(self.run / "new.pt", self.run / "last.pt")
         (self.run / "loss.json").write_text(json.dumps(self.history))
 
+    def merge(self, files: list[str]) -> None:
+        """The plain mean of the averaged weights of several checkpoints becomes the result; the
+        MTP block stays this run's."""
+        states = [torch.load(f, weights_only=False) for f in files]
+        for n in self.ema:
+            if not n.startswith("mtp."):
+                self.ema[n] = torch.stack([s["ema"][n] for s in states]).mean(0)
+        self.log(dict(phase="merge", steps=[s["step"] for s in states], held=self.quick(self.ema)))
+        self.save()
+
     def load(self) -> None:
         state = torch.load(self.run / "last.pt", weights_only=False)
         with torch.no_grad():
@@ -136,7 +149,7 @@ class Trainer:
         """Warm up, hold, then fall linearly to zero over the last `fall` of the steps or of the
         time, whichever ends first (a shared machine gives a time, not a number of steps)."""
         a = self.a
-        left = min(1 - self.step / a.steps, 1 - self.seconds / (60 * a.minutes))
+        left = min(1 - self.step / a.steps, 1 - (self.seconds - self.phase) / (60 * a.minutes))
         return min(1.0, (self.step + 1) / 40) * min(1.0, max(0.02, left / a.fall))
 
     def average(self, names: list[str], decay: float) -> None:
@@ -232,9 +245,10 @@ class Trainer:
             self.step = 0
         goal = a.draft_steps if draft else a.steps
         a.steps, a.fall = goal, (0.7 if draft else a.fall)
-        a.minutes += begun / 60 if draft else 0
+        self.phase = begun if draft else 0.0
         signal.signal(signal.SIGTERM, self.stop)
-        while self.step < goal and self.seconds < 60 * a.minutes and not self.stopped:
+        end = self.phase + 60 * a.minutes
+        while self.step < goal and self.seconds < end and not self.stopped:
             if self.step % 190 == 0:
                 self.data.refresh()
             losses.append(self.draft_step(frozen) if draft else self.main_step())
@@ -251,6 +265,9 @@ class Trainer:
             if time.time() - saved > 200:
                 self.save()
                 saved = time.time()
+            if not draft and self.step % a.keep_every == 0:
+                self.save()
+                shutil.copy(self.run / "last.pt", self.run / f"kept-{self.step}.pt")
         self.save()
 
 
@@ -306,6 +323,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--select-from", type=int, default=150, help="step at which selection begins")
     p.add_argument("--qat-from", type=int, default=0)
     p.add_argument("--eval-every", type=int, default=100)
+    p.add_argument("--keep-every", type=int, default=200, help="steps between kept checkpoints")
+    p.add_argument("--merge", nargs="+", metavar="FILE", help="average checkpoints")
     p.add_argument("--eval", choices=list(NUMERICS), help="measure instead of training")
     p.add_argument("--sample", help="write text after this prompt instead of training")
     return p.parse_args(argv)
@@ -320,6 +339,9 @@ def main() -> None:
         bpb, _ = evaluate(t.ema, t.tables, t.cfg, t.data.held, t.data.held_text, NUMERICS[a.eval])
         print(f"{a.eval}: {bpb:.4f} bits per byte on {len(t.data.held)} tokens, step {t.step}, "
               f"{time.time() - begin:.0f} s")
+    elif a.merge:
+        t.merge(a.merge)
+        print(t.history[-1])
     elif a.sample:
         ids = sample(t.ema, t.tables, t.cfg, t.data.exact.encode(a.sample).ids, 200, 0.8, a.seed)
         print(t.data.exact.decode(ids))
