@@ -98,6 +98,19 @@ def test_load_takes_or_refuses_anything(
 
 # ---- I1: Ctrl-C ----
 
+@pytest.fixture(scope="module")
+def second(flash: dsv4.Model) -> list[int]:
+    """A prompt that one step works on for about a second, here and now."""
+    n = 256
+    while True:
+        started = time.monotonic()
+        flash.session().append([1] * n, logits="none")
+        took = time.monotonic() - started
+        if took > 0.25 or n > 100_000:
+            return [1] * int(n / took)
+        n *= 2
+
+
 def interrupted(work: Callable[[], object], delay: float) -> float | None:
     """Seconds from SIGINT to KeyboardInterrupt; None if the work was done before."""
     sent: list[float] = []
@@ -123,10 +136,11 @@ def interrupted(work: Callable[[], object], delay: float) -> float | None:
 
 
 @pytest.mark.parametrize("runs", [12, pytest.param(200, marks=pytest.mark.long)])
-def test_ctrl_c_is_answered_and_leaves_the_session(flash: dsv4.Model, runs: int) -> None:
+def test_ctrl_c_is_answered_and_leaves_the_session(
+    flash: dsv4.Model, second: list[int], runs: int
+) -> None:
     rng = random.Random(5)
-    prompt = [0, *(rng.randrange(512) for _ in range(3000))]
-    start = prompt[:37]
+    start = [rng.randrange(512) for _ in range(37)]
     wanted = flash.session()
     wanted.append(start, logits="none")
     after = wanted.append([9, 8])
@@ -147,7 +161,7 @@ def test_ctrl_c_is_answered_and_leaves_the_session(flash: dsv4.Model, runs: int)
             assert session.tokens.tolist()[:37] == start
             assert session.tokens.tolist()[38:] in (tokens[:-1], tokens, [])
         else:
-            latency = interrupted(lambda: session.append(prompt), delay)  # noqa: B023
+            latency = interrupted(lambda: session.append(second), delay)  # noqa: B023
             if latency is not None:
                 assert session.position == 37
                 np.testing.assert_array_equal(session.append([9, 8]), after)
@@ -206,19 +220,21 @@ while True:
     assert done.stdout.split() == ["1", "2"], done.stderr
 
 
-def test_ctrl_c_reaches_a_step_that_waits(flash: dsv4.Model) -> None:
+def test_ctrl_c_reaches_a_step_that_waits(flash: dsv4.Model, second: list[int]) -> None:
     busy, mine = flash.session(), flash.session()
-    thread = threading.Thread(target=lambda: busy.append([1] * 600, logits="none"))
+    thread = threading.Thread(target=lambda: busy.append(second, logits="none"))
     thread.start()
     time.sleep(0.1)
     latency = interrupted(lambda: mine.append([1]), 0.1)
     assert latency is not None and latency <= 0.25 and thread.is_alive()
     assert mine.position == 0
     thread.join()
-    assert busy.position == 600
+    assert busy.position == len(second)
 
 
-def test_signal_handlers_cannot_start_a_step_inside_one(flash: dsv4.Model) -> None:
+def test_signal_handlers_cannot_start_a_step_inside_one(
+    flash: dsv4.Model, second: list[int]
+) -> None:
     told: list[str] = []
 
     def handler(*_: object) -> None:
@@ -231,7 +247,7 @@ def test_signal_handlers_cannot_start_a_step_inside_one(flash: dsv4.Model) -> No
     try:
         timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
-        flash.session().append([1] * 400, logits="none")
+        flash.session().append(second, logits="none")
         timer.join()
     finally:
         signal.signal(signal.SIGUSR1, previous)
@@ -282,7 +298,7 @@ def test_concurrent_sessions_equal_single_runs(flash: dsv4.Model) -> None:
     assert in_threads(8, work) == []
 
 
-def test_one_session_in_many_threads(flash: dsv4.Model) -> None:
+def test_one_session_in_many_threads(flash: dsv4.Model, second: list[int]) -> None:
     session = flash.session()
 
     def work(i: int) -> None:
@@ -292,12 +308,12 @@ def test_one_session_in_many_threads(flash: dsv4.Model) -> None:
 
     assert in_threads(8, work) == []
     assert sorted(session.tokens.tolist()) == sorted([*range(8)] * 5)
-    thread = threading.Thread(target=lambda: session.append([1] * 600, logits="none"))
+    thread = threading.Thread(target=lambda: session.append(second, logits="none"))
     thread.start()
     time.sleep(0.2)
     with pytest.raises(RuntimeError, match="in use by a running step"):
         session.close()
-    assert session.position == 640  # waits for the step
+    assert session.position == 40 + len(second)  # waits for the step
     thread.join()
 
 
