@@ -166,6 +166,11 @@ DSV4_INLINE float dsv4_log1pf(float x) {
     return dsv4_log1p_core(x);
 }
 
+/* 1 / sqrt(x) for x > 0, rounded once from double. */
+DSV4_INLINE float dsv4_rsqrtf(float x) {
+    return (float)(1.0 / sqrt((double)x));
+}
+
 /* 1 / (1 + e^-x), 2.49 ulp. */
 DSV4_INLINE float dsv4_sigmoidf(float x) {
     return 1.0f / (1.0f + dsv4_expf(-x));

@@ -115,7 +115,8 @@ typedef void dsv4k_index_load_fn(dsv4_bf16 *x, const uint8_t *row, int32_t n);
 /* dot(x, x) / n by rule 1 (x as operands, rule 2). */
 typedef float dsv4k_mean_square_fn(const dsv4_bf16 *x, int32_t n);
 
-/* out[c] = bf16(w[c] * (x[c] * r)), r = 1 / sqrt(mean_square + eps).  w f32.  In place allowed.  SPEC 2.5. */
+/* out[c] = bf16(w[c] * (x[c] * r)), r = f32(1 / sqrt(f64(mean_square + eps))): rounded once, since an ulp of r flips
+ * roundings of a whole row.  w f32.  In place allowed.  SPEC 2.5. */
 typedef void dsv4k_rmsnorm_fn(dsv4_bf16 *out, const dsv4_bf16 *x, const float *w, int32_t n, float eps);
 
 /* The q head norm, bf16 arithmetic step by step, in place: s = bf16(x * x); m = bf16(dot(s, ones) / n);

@@ -57,21 +57,31 @@ def test_rmsnorm_vectors(v, ops):
         assert ulp_report(got, y)["max_ulp"] <= 1
 
 
+def factor(x):
+    """1 / sqrt(mean square + eps), rounded once."""
+    mean = contract_mean_square(bf16(x)[None])[0] + F32(1e-6)
+    return F32(1 / np.sqrt(np.float64(mean)))
+
+
 @each("rmsnorm")
 def test_rmsnorm_step_by_step(v):
-    """The product with the weight is one f32 product, rounded once."""
+    """r is rounded once, the product with the weight is one f32 product, rounded once.
+
+    The second weight puts every product on the edge between two bf16 values: an ulp of r shows.
+    """
     for n in SIZES:
         x = random_bf16(n, n)
-        w = np.random.default_rng(n).standard_normal(n).astype(F32)
-        r = F32(1) / np.sqrt(contract_mean_square(bf16(x)[None])[0] + F32(1e-6))
-        assert (rmsnorm(v, x, w, 1e-6) == to_bf16(w * (bf16(x) * r))).all(), n
+        r = factor(x)
+        random = np.random.default_rng(n).standard_normal(n).astype(F32)
+        for w in (random, F32(1 + 2**-8) / (bf16(x) * r)):
+            assert (rmsnorm(v, x, w, 1e-6) == to_bf16(w * (bf16(x) * r))).all(), n
 
 
 @each("rmsnorm")
 def test_rmsnorm_multiplies_by_the_weight_last(v):
     """Weights for which w * (x * r) and (w * x) * r round to different bf16 values."""
     x = random_bf16(3, 2048)
-    r = F32(1) / np.sqrt(contract_mean_square(bf16(x)[None])[0] + F32(1e-6))
+    r = factor(x)
     w = np.random.default_rng(3).standard_normal((1000, 2048)).astype(F32)
     ours, other = to_bf16(w * (bf16(x) * r)), to_bf16((w * bf16(x)) * r)
     rows = np.flatnonzero((ours != other).any(1))

@@ -2,7 +2,7 @@
 /* Mean square, the weighted norm and the norm of a query head; AVX-512.  Source: SPEC 2.5, 3.1. */
 #include "bf16_avx512.h"
 
-#include <math.h>
+#include "functions.h"
 
 static float dsv4k_mean_square_avx512(const dsv4_bf16 *x, int32_t n) {
     return mean_square_avx512(x, n);
@@ -10,7 +10,7 @@ static float dsv4k_mean_square_avx512(const dsv4_bf16 *x, int32_t n) {
 
 static void dsv4k_rmsnorm_avx512(dsv4_bf16 *out, const dsv4_bf16 *x, const float *w, int32_t n,
                                  float eps) {
-    __m512 r = _mm512_set1_ps(1.0f / sqrtf(mean_square_avx512(x, n) + eps));
+    __m512 r = _mm512_set1_ps(dsv4_rsqrtf(mean_square_avx512(x, n) + eps));
     for (int32_t c = 0; c < n; c += 16) {
         __m512 y = _mm512_mul_ps(load16(x + c, n - c), r);
         store16(out + c, _mm512_mul_ps(load16_f32(w + c, n - c), y), n - c);

@@ -4,7 +4,7 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#include <math.h>
+#include "functions.h"
 
 static float dsv4k_mean_square_ref(const dsv4_bf16 *x, int32_t n) {
     return dsv4_ref_mean_square(x, n);
@@ -12,7 +12,7 @@ static float dsv4k_mean_square_ref(const dsv4_bf16 *x, int32_t n) {
 
 static void dsv4k_rmsnorm_ref(dsv4_bf16 *out, const dsv4_bf16 *x, const float *w, int32_t n,
                               float eps) {
-    float r = 1.0f / sqrtf(dsv4_ref_mean_square(x, n) + eps);
+    float r = dsv4_rsqrtf(dsv4_ref_mean_square(x, n) + eps);
     for (int32_t c = 0; c < n; c++)
         out[c] = dsv4_f32_to_bf16(w[c] * (dsv4_bf16_to_f32(x[c]) * r));
 }
