@@ -46,7 +46,9 @@ def extra_flags() -> list[str]:
         flags.append("-Werror")
     if sanitize := os.environ.get("DSV4_SANITIZE"):
         flags += [
-            f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover"]
+            f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover",
+            "-fno-var-tracking",  # gcc would take minutes for it on inlined kernels
+        ]
     return flags
 
 

@@ -24,7 +24,7 @@ EMULATED = {
     "qemu Haswell": ("Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm", "avx2", {}),
     "qemu Nehalem": ("Nehalem", "ref", {"OPENBLAS_CORETYPE": "Nehalem"}),
 }
-SETS = ["ref", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+SETS = ["ref", "avx2", "avx512", "avx512vnni", "avx512bf16"]  # weakest first
 TEXT = "ROMEO:\nBut soft, what light through yonder window breaks?"
 
 
@@ -50,7 +50,9 @@ def digest() -> dict[str, str]:
                 found[f"nano-odd {numerics}"] = run(model, ids, [7, 8, 9])
     with dsv4.load() as model:
         found["default model"] = run(model, TEXT, [17, 18])
-        found["sets"] = " ".join(sorted(set(model.kernel_info.values())))
+        # "set/way": one of several ways the kernels of a set may walk
+        sets = {variant.partition("/")[0] for variant in model.kernel_info.values()}
+        found["sets"] = " ".join(sorted(sets, key=SETS.index))
     return found
 
 
@@ -64,10 +66,6 @@ def start(prefix: list[str], **env: str) -> dict[str, str]:
         check=True)
     values: dict[str, str] = json.loads(done.stdout)
     return values
-
-
-def best(sets: str) -> str:
-    return max(sets.split(), key=SETS.index)
 
 
 def compare() -> int:
@@ -89,8 +87,9 @@ def compare() -> int:
         first = first or values
         different = [key for key in values if values[key] != first[key]]
         verdict = "equal" if not different else "DIFFERENT: " + ", ".join(different)
-        if top is not None and best(sets) != top:
-            verdict += f"; its best kernels are {best(sets)}, wanted {top}"
+        best = sets.split()[-1]
+        if top is not None and best != top:
+            verdict += f"; its best kernels are {best}, wanted {top}"
         failed |= verdict != "equal"
         print(f"{name:20} {seconds:6.1f} s  {verdict:10}  kernels: {sets}", flush=True)
     return failed

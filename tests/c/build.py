@@ -35,8 +35,11 @@ class Mode:
     machine: str = "x86_64"
 
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
-THREADS = ["-fsanitize=thread"]
+SANITIZE = [
+    "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer",
+    "-fno-var-tracking",  # gcc would take minutes for it on inlined kernels
+]
+THREADS = ["-fsanitize=thread", "-fno-var-tracking"]
 MODES = {
     "native": Mode(flags=["-Werror"], machine=platform.machine()),
     "asan": Mode(flags=["-O1", "-g", *SANITIZE], link=SANITIZE, machine=platform.machine()),
