@@ -407,7 +407,7 @@ if __name__ == "__main__":
         with multiprocessing.get_context(method).Pool(1) as pool:
             print(pool.map(work, [0]) == [wanted])
 """)
-    done = script("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+    done = script("import runpy, sys; sys.argv = sys.argv[1:]; "
                   "runpy.run_path(sys.argv[0], run_name='__main__')", str(program))
     assert done.stdout.split() == ["True", "True"], done.stderr
 
