@@ -143,7 +143,7 @@ struct dsv4_probe {
     uint16_t *ffn;           /* [n][hidden_size] bf16, output of the MoE site */
     int32_t *experts;        /* [n][num_experts_per_tok] */
     float *expert_weights;   /* [n][num_experts_per_tok] */
-    int32_t *index_selected; /* [n][index_topk] ascending, padded with -1 */
+    int32_t *index_selected; /* [n][index_topk] ascending, padded with -1; layers without indexer: all -1 */
 };
 
 /*

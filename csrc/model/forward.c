@@ -48,14 +48,14 @@ void dsv4_probe_rows(const dsv4_worker *w, const struct dsv4_pass *p, void *to, 
     }
 }
 
-static void probe_selection(const dsv4_worker *w, const struct dsv4_pass *p) {
+static void probe_selection(const dsv4_worker *w, const struct dsv4_pass *p, int csa) {
     int32_t topk = p->m->config.index_topk;
     int64_t lo, hi;
     if (!p->probe->index_selected)
         return;
     dsv4_share(w, p->n_tok, 1, &lo, &hi);
     for (int64_t t = lo; t < hi; t++)
-        for (int32_t i = p->ws->n_selected[t]; i < topk; i++)
+        for (int32_t i = csa ? p->ws->n_selected[t] : 0; i < topk; i++)
             p->ws->selected[t * topk + i] = -1;
     dsv4_probe_rows(w, p, p->probe->index_selected, p->ws->selected, (size_t)topk * sizeof(int32_t));
 }
@@ -82,8 +82,7 @@ static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
         return 1;
     if (dsv4_probed(p, i)) {
         dsv4_probe_rows(w, p, p->probe->attention, p->ws->y, row);
-        if (l->kind == DSV4_CSA)
-            probe_selection(w, p);
+        probe_selection(w, p, l->kind == DSV4_CSA);
     }
     if (dsv4_spread(w, p) || dsv4_collapse(w, p, &l->hc_ffn, l->ffn_norm, quant, 1) || dsv4_moe(w, p, i))
         return 1;

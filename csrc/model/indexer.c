@@ -28,11 +28,22 @@ static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int6
     }
 }
 
+/* NaN would only lose the selection silently: the step fails and names this layer instead. */
+static void check_scores(const struct dsv4_pass *p, int32_t layer, const float *scores, int32_t n) {
+    int nan = 0;
+    for (int32_t i = 0; i < n; i++)
+        nan |= scores[i] != scores[i];
+    int seen = atomic_load(p->bad_layer);
+    while (nan && layer < seen && !atomic_compare_exchange_weak(p->bad_layer, &seen, layer))
+        continue;
+}
+
 static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, const float *scores) {
     const struct dsv4_config *c = &p->m->config;
     int32_t *ids = p->ws->selected + t * c->index_topk;
     int32_t n = visible(p, t, p->m->layers[layer].compressor.ratio);
     if (n > c->index_topk) {
+        check_scores(p, layer, scores, n);
         n = p->m->k.top_k(ids, scores, n, c->index_topk, dsv4_scratch(w, p, p->ws->at_top_k));
     } else {
         for (int32_t i = 0; i < n; i++)

@@ -184,6 +184,10 @@ NAN_WEIGHTS = [
     ("layers.1.attn.compressor.wgate.weight", 0x7F81, 1),
     ("layers.2.ffn.shared_experts.w1.weight", 0x7F, 2),
     ("layers.3.ffn.shared_experts.w2.weight", 0xFF, 3), ("layers.3.ffn.gate.weight", 0x7FC0, 3),
+    ("layers.0.attn.indexer.weights_proj.weight", 0x7FC0, 0),
+    ("layers.0.attn.indexer.wq_b.weight", 0x7F, 0),
+    ("layers.0.attn.indexer.compressor.wkv.weight", 0x7FC0, 0),
+    ("layers.0.attn.indexer.compressor.wgate.weight", 0xFFC0, 0),
     ("head.weight", 0x7FC0, None), ("head.weight", 0xFF80, None),
 ]
 
@@ -193,7 +197,7 @@ def test_nan_weights_name_their_layer(tiny_folder, tmp_path, name, code, layer) 
     """Every NaN code of every format, and infinity; found by the first step that reads it."""
     def put(data: Any) -> None:
         codes = data.view(np.uint16) if name.endswith(("embed.weight", "head.weight")) or (
-            "compressor" in name or "gate" in name) else data
+            any(part in name for part in ("compressor", "gate", "weights_proj"))) else data
         codes[:: max(1, len(codes) // 50)] = code
 
     with load(changed(tiny_folder, tmp_path / "m", name, put)) as model:
