@@ -102,7 +102,7 @@ class Bench:
     """The pool of weights, the limits measured around everything, and the timing of one kernel."""
 
     def __init__(self, library: ctypes.CDLL, seconds: float) -> None:
-        self.library, self.seconds = library, seconds
+        self.native, self.seconds = library, seconds
         size = max(4 * last_level_cache(), 256 << 20)
         self.pool = make_pool(-(-size // (8 << 20)) * (8 << 20))
         self.scale = np.full(32768 * 1024 // 32 * 8, 120, np.uint8)
@@ -117,12 +117,12 @@ class Bench:
         piece = 8 << 20
         starts = range(self.pool.ctypes.data, self.pool.ctypes.data + len(self.pool), piece)
         taken = [
-            median([self.library.read_seconds(p, piece, streams) for p in starts])
+            median([self.native.read_seconds(p, piece, streams) for p in starts])
             for streams in (1, 4)
         ]
         self.reads.append(piece / min(taken) / 1e9)
         for name in ("fma", "bf16_dot"):
-            self.peaks.setdefault(name, []).append(getattr(self.library, f"{name}_gflops")())
+            self.peaks.setdefault(name, []).append(getattr(self.native, f"{name}_gflops")())
         return self.reads[-1], max(peaks[-1] for peaks in self.peaks.values())
 
     def run(self, variant: door.Variant, fmt: str, rows: int, cols: int, n_tok: int) -> float:
@@ -145,7 +145,7 @@ class Bench:
             )
             chunk = MANY_CHUNK if n_tok > 8 else FEW_CHUNK
             times.append(
-                self.library.linear_seconds(variant.address, ctypes.addressof(args), chunk)
+                self.native.linear_seconds(variant.address, ctypes.addressof(args), chunk)
             )
             at += n_bytes
         return float(np.median(times))
