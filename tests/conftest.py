@@ -7,6 +7,7 @@ process that a test starts.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -22,6 +23,10 @@ if any((ROOT / "dsv4" / f"_core{suffix}").exists() for suffix in EXTENSION_SUFFI
     sys.path.insert(0, str(ROOT))
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+
+# A shell without job control starts background jobs with SIGINT ignored: Ctrl-C is tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from dsv4 import nano as nano_module  # noqa: E402
 from dsv4.tokenizer import Tokenizer  # noqa: E402
