@@ -13,4 +13,5 @@ dsv4_status dsv4_arena_create(dsv4_arena **out, dsv4_error *err);
 void dsv4_arena_destroy(dsv4_arena *arena); /* NULL is legal */
 /* `count` items of `size` bytes, zeroed, aligned to 64.  Fails when the product overflows or memory is out. */
 dsv4_status dsv4_arena_take(dsv4_arena *arena, void *out_pointer, size_t count, size_t size, dsv4_error *err);
+
 #endif

@@ -2,14 +2,12 @@
 /*
  * Reads every scale of every linear layer once, before the first step: a NaN or non-positive scale is refused, and FP8
  * and FP4 weights whose power-of-two scales could leave 2^+-55 when folded into a bf16 get the block rule instead
- * (kernels.h, rule 2).  Bounds of the e8m0 byte: FP8 codes span 2^-9 ... 448 < 2^9, FP4 codes 2^-1 ... 6 < 2^3.
+ * (kernels.h, rule 2 and DSV4_FOLD_*).
  */
 #include <inttypes.h>
 #include <stdlib.h>
 
 #include "model/model.h"
-
-enum { FP8_LOW = 127 - 46, FP8_HIGH = 127 + 46, FP4_LOW = 127 - 54, FP4_HIGH = 127 + 52 };
 
 struct scan {
     struct dsv4_weight **weights; /* owned */
@@ -66,7 +64,7 @@ static int scan_weight(struct dsv4_weight *w, int64_t n) {
             high = p[i] > high ? p[i] : high;
         }
         int fp4 = w->format == DSV4_W_FP4;
-        if (low < (fp4 ? FP4_LOW : FP8_LOW) || high > (fp4 ? FP4_HIGH : FP8_HIGH))
+        if (low < (fp4 ? DSV4_FOLD_FP4_MIN : DSV4_FOLD_FP8_MIN) || high > (fp4 ? DSV4_FOLD_FP4_MAX : DSV4_FOLD_FP8_MAX))
             w->scale_rule = DSV4_SCALE_BLOCK;
         return high < 255;
     }
