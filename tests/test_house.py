@@ -79,3 +79,9 @@ def test_readme_commands(command):
 
 def test_ci_can_be_started():
     assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+
+
+def test_no_unfinished_merge():
+    for path in files():
+        marks = re.findall(r"(?m)^(?:<{7}|>{7}) .*", path.read_text())
+        assert not marks, f"{name(path)}: {marks}"

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The entries of the linear family, made from the loops of linear_tiles.h.  Before including:
+ * The entries of the linear family, made from the loops of linear_few.h and linear_many.h.  Before
+ * including:
  *
  *      LINEAR_SET       the name of the instruction set, as in function names
  *      F32_OPERANDS     1: FP8 scales beyond FOLD_ONCE_MAX need two multiplications
@@ -13,7 +14,8 @@
 
 #include <assert.h>
 
-#include "cpu/linear_tiles.h"
+#include "cpu/linear_few.h"
+#include "cpu/linear_many.h"
 
 #define LINEAR_PASTE(a, b, c) a##b##c
 #define LINEAR_NAME(prefix, set, suffix) LINEAR_PASTE(prefix, set, suffix)

@@ -2,12 +2,8 @@
 /*
  * The experiments of trial.h.  A timed call streams 128 rows of 4096 columns for one token (few) or
  * multiplies 96 rows of 2048 columns with 48 tokens (many); the weights are flushed from the caches
-<<<<<<< HEAD
  * first, so 4 MiB are enough to see memory.  About 0.1 ms a call.  Attention: 16 heads of 512 over
  * 64 bf16 rows, from the caches.
-=======
- * first, so 2 MiB are enough to see memory.  About 0.1 ms a call.
->>>>>>> 8f0c525 (wip2)
  */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "cpu/trial.h"

@@ -2,7 +2,7 @@
 /*
  * Linear layers with AVX2: the 16 lanes of a sum are two registers, lanes 0-7 and 8-15, which never
  * meet before the tree.  A unit is 16 columns: 8 odd and 8 even elements.  Contract: kernels.h;
- * loops: linear_tiles.h.
+ * loops: linear_few.h, linear_many.h.
  */
 #include <immintrin.h>
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Linear layers with f32 multiply-adds on 16 lanes: the operands of a step are two registers, the
- * odd and the even elements.  Contract: kernels.h; loops: linear_tiles.h.
+ * odd and the even elements.  Contract: kernels.h; loops: linear_few.h, linear_many.h.
  */
 #include "cpu/avx512/linear_decode_avx512.h"
 

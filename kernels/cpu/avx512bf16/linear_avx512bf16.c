@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Linear layers with vdpbf16ps, which is one step of rule 1: a register of 32 bf16 weights, one of
- * 32 bf16 x. Contract: kernels.h; loops: linear_tiles.h.  f32 weights have no bf16 form and
- * stay with avx512.
+ * 32 bf16 x. Contract: kernels.h; loops: linear_few.h, linear_many.h.  f32 weights have no bf16
+ * form and stay with avx512.
  */
 #include "cpu/avx512/linear_decode_avx512.h"
 
