@@ -114,6 +114,12 @@ enum dsv4_rows { DSV4_ROWS_WINDOW = 0, DSV4_ROWS_COMPRESSED = 1, DSV4_ROWS_INDEX
 dsv4_status dsv4_session_rows(dsv4_session *session, int32_t layer, int32_t kind, uint16_t *out, int32_t first,
                               int32_t n, dsv4_error *err);
 
+/*
+ * For measuring: moves the session on to `position` without computing anything, with finite pseudo-random state of every
+ * kind that depends on the seed alone; its tokens are said to be id 0.  DSV4_E_ARGUMENT where the position lies behind it.
+ */
+dsv4_status dsv4_session_fill(dsv4_session *session, int32_t position, uint64_t seed, dsv4_error *err);
+
 /* ------------------------------------------------------------------------------------------------------------- step */
 
 enum dsv4_logits { DSV4_LOGITS_NONE = 0, DSV4_LOGITS_LAST = 1, DSV4_LOGITS_ALL = 2 };

@@ -10,10 +10,6 @@ static size_t align64(size_t n) {
     return (n + 63) & ~(size_t)63;
 }
 
-static size_t state_row_bytes(const struct dsv4_compressor *p) {
-    return (size_t)p->dim * (p->overlap ? 2 : 1) * sizeof(float);
-}
-
 dsv4_status dsv4_kv_layout(dsv4_model *m, dsv4_error *err) {
     const struct dsv4_config *c = &m->config;
     size_t at = 0;
@@ -26,13 +22,13 @@ dsv4_status dsv4_kv_layout(dsv4_model *m, dsv4_error *err) {
         if (l->kind == DSV4_SWA)
             continue;
         s->rows = l->compressor.ratio * (l->compressor.overlap ? 2 : 1);
-        size_t bytes = align64((size_t)s->rows * state_row_bytes(&l->compressor));
+        size_t bytes = align64((size_t)s->rows * dsv4_state_row_bytes(&l->compressor));
         s->k = at;
         s->gate = at + bytes;
         at += 2 * bytes;
         if (l->kind != DSV4_CSA)
             continue;
-        bytes = align64((size_t)s->rows * state_row_bytes(&l->index_compressor));
+        bytes = align64((size_t)s->rows * dsv4_state_row_bytes(&l->index_compressor));
         s->index_k = at;
         s->index_gate = at + bytes;
         at += 2 * bytes;
@@ -134,12 +130,12 @@ static size_t walk(struct dsv4_kv *kv, uint8_t *undo, int32_t position, int32_t 
         RING(s->window, m->config.sliding_window, m->kv_row);
         if (l->kind == DSV4_SWA)
             continue;
-        RING(s->k, m->state[i].rows, state_row_bytes(&l->compressor));
-        RING(s->gate, m->state[i].rows, state_row_bytes(&l->compressor));
+        RING(s->k, m->state[i].rows, dsv4_state_row_bytes(&l->compressor));
+        RING(s->gate, m->state[i].rows, dsv4_state_row_bytes(&l->compressor));
         if (l->kind != DSV4_CSA)
             continue;
-        RING(s->index_k, m->state[i].rows, state_row_bytes(&l->index_compressor));
-        RING(s->index_gate, m->state[i].rows, state_row_bytes(&l->index_compressor));
+        RING(s->index_k, m->state[i].rows, dsv4_state_row_bytes(&l->index_compressor));
+        RING(s->index_gate, m->state[i].rows, dsv4_state_row_bytes(&l->index_compressor));
     }
 #undef RING
     return at;

@@ -53,6 +53,11 @@ void dsv4_kv_restore(struct dsv4_kv *kv, int32_t position, int32_t n);
 
 uint64_t dsv4_kv_grown_bytes(const struct dsv4_kv *kv);
 
+/* One raw row, k or gate, of a compressor in the fixed state. */
+static inline size_t dsv4_state_row_bytes(const struct dsv4_compressor *p) {
+    return (size_t)p->dim * (p->overlap ? 2 : 1) * sizeof(float);
+}
+
 static inline uint8_t *dsv4_row(const struct dsv4_row_store *s, int32_t i) {
     return s->blocks[i / DSV4_ROWS_PER_BLOCK] + (size_t)(i % DSV4_ROWS_PER_BLOCK) * s->row_bytes;
 }

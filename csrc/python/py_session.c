@@ -193,6 +193,27 @@ static PyObject *session_rows(SessionObject *self, PyObject *args) {
     return array;
 }
 
+static PyObject *session_fill(SessionObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    int position;
+    unsigned long long seed;
+    if (!PyArg_ParseTuple(args, "iK:fill", &position, &seed))
+        return NULL;
+    int queued;
+    dsv4_session *session = call_enter(state, self, &queued);
+    if (!session)
+        return NULL;
+    dsv4_error err = {0};
+    dsv4_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_session_fill(session, position, seed, &err);
+    Py_END_ALLOW_THREADS
+    call_leave(self, queued);
+    if (status)
+        return raise_status(state, status, &err);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef session_methods[] = {
     {"tokens", (PyCFunction)(void (*)(void))session_tokens, METH_VARARGS,
      PyDoc_STR("tokens($self, first, n, /)\n--\n\nint32 [n]: the tokens from `first` on.")},
@@ -200,6 +221,9 @@ static PyMethodDef session_methods[] = {
      PyDoc_STR(
          "rows($self, layer, kind, first, n, /)\n--\n\n"
          "uint16 [n, dim]: bf16 codes of window (kind 0), compressed (1) or index (2) rows.")},
+    {"fill", (PyCFunction)(void (*)(void))session_fill, METH_VARARGS,
+     PyDoc_STR("fill($self, position, seed, /)\n--\n\n"
+               "For measuring: move on to `position` with pseudo-random state, computing nothing.")},
     {"close", (PyCFunction)(void (*)(void))session_close, METH_NOARGS,
      PyDoc_STR("close($self, /)\n--\n\nFree the state now; refused while a step runs.")},
     {NULL, NULL, 0, NULL},
