@@ -138,12 +138,19 @@ struct dsv4_segment {
     int32_t want; /* enum dsv4_logits */
 };
 
+/* Where the time of a step goes, as its first worker sees it; the first four are linear layers by weight format. */
+enum dsv4_phase {
+    DSV4_PHASE_FP8, DSV4_PHASE_FP4, DSV4_PHASE_BF16, DSV4_PHASE_F32, DSV4_PHASE_ATTENTION, DSV4_PHASE_INDEXER,
+    DSV4_PHASE_OTHER, DSV4_PHASE_WAIT /* for the other workers */, DSV4_PHASES
+};
+
 /*
  * Copies of one layer's internals during a step, for tests and research: every pointer may be NULL, row i belongs to
  * token i in the order of the segments.
  */
 struct dsv4_probe {
-    int32_t layer;
+    int32_t layer;           /* -1: none */
+    float *seconds;          /* [DSV4_PHASES], all layers and the head; written when the step ends */
     uint16_t *streams;       /* [n][hc_mult][hidden_size] bf16, after the layer */
     uint16_t *attention;     /* [n][hidden_size] bf16, output of the attention site before it is spread */
     uint16_t *ffn;           /* [n][hidden_size] bf16, output of the MoE site */

@@ -10,6 +10,9 @@ import numpy.typing as npt
 # (token, logprob, finish: 0 goes on, 1 stop, 2 length, [(id, logprob), ...] best first)
 _Sample = tuple[int, float, int, list[tuple[int, float]]]
 
+# where the time of a step goes: linear layers by weight format, ..., waiting for other threads
+PHASES: tuple[str, ...]
+
 class Model:
     def __new__(
         cls,

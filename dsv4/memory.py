@@ -22,8 +22,10 @@ from dsv4.layout import FP8, OFFICIAL, expected
 from dsv4.shard import DTYPE_BITS
 
 DEVICES = ("cpu", "cuda")
-CHUNK = 512
-F32 = 4
+# tokens per pass, as the engine picks them: enough for an expert to see so many, within limits
+TOKENS_PER_EXPERT, MIN_CHUNK, MAX_CHUNK = 48, 512, 4096
+BF16, F32 = 2, 4
+LOGIT_ROWS = 32
 
 PARTS = (
     "routed experts", "shared experts", "attention", "compressors and indexer",
@@ -196,14 +198,21 @@ def _main_ratios(config: Config) -> tuple[int, ...]:
 
 
 def step_workspace(config: Config, batch: int) -> int:
-    """Upper estimate of a step of CHUNK prompt tokens plus one token of every other sequence."""
-    c, tokens = config, CHUNK + batch
-    streams = 3 * c.hc_mult * c.hidden_size
-    heads = 3 * c.num_attention_heads * c.head_dim + c.index_n_heads * c.index_head_dim
-    narrow = c.q_lora_rank + c.o_groups * c.o_lora_rank + 4 * c.head_dim + 4 * c.hidden_size
-    experts = c.num_experts_per_tok * (3 * c.moe_intermediate_size + c.hidden_size)
-    logits = (1 + batch) * c.vocab_size
-    return F32 * (tokens * (streams + heads + narrow + experts) + logits)
+    """Upper estimate of the buffers of a pass, whatever the batch: it may take several passes."""
+    c, tokens = config, chunk_tokens(config)
+    streams = (c.hc_mult + 5) * c.hidden_size
+    heads = 2 * c.num_attention_heads * c.head_dim + 2 * c.index_n_heads * c.index_head_dim
+    narrow = 4 * c.q_lora_rank + 2 * c.o_groups * c.o_lora_rank + 12 * c.head_dim
+    experts = (c.num_experts_per_tok + 1) * (2 * c.moe_intermediate_size + c.hidden_size)
+    router = 4 * c.n_routed_experts + 2 * c.index_topk
+    return (BF16 * tokens * (streams + heads + narrow + experts + router)
+            + F32 * LOGIT_ROWS * (c.vocab_size + c.hidden_size))
+
+
+def chunk_tokens(config: Config) -> int:
+    """Tokens of one pass."""
+    wanted = TOKENS_PER_EXPERT * config.n_routed_experts // config.num_experts_per_tok
+    return max(MIN_CHUNK, min(MAX_CHUNK, wanted))
 
 
 def part_of(name: str) -> str:

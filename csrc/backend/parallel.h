@@ -48,12 +48,6 @@ void dsv4_team_finish(dsv4_team *team); /* waits, then lets the next caller in *
 int dsv4_cancelled(const dsv4_worker *w); /* cheap; may differ between workers until the next barrier */
 int dsv4_barrier(dsv4_worker *w);         /* 1: cancelled, for all workers alike */
 
-#define DSV4_SYNC(w)                                                                                                   \
-    do {                                                                                                               \
-        if (dsv4_barrier(w))                                                                                           \
-            return 1;                                                                                                  \
-    } while (0)
-
 /* The part [*lo, *hi) of n items for this worker, cut at multiples of grain, as even as that allows. */
 static inline void dsv4_share(const dsv4_worker *w, int64_t n, int64_t grain, int64_t *lo, int64_t *hi) {
     int64_t units = (n + grain - 1) / grain, base = units / w->n, extra = units % w->n;
@@ -61,6 +55,19 @@ static inline void dsv4_share(const dsv4_worker *w, int64_t n, int64_t grain, in
     int64_t last = first + base + (w->id < extra);
     *lo = first * grain < n ? first * grain : n;
     *hi = last * grain < n ? last * grain : n;
+}
+
+/*
+ * Unequal work: items lie one after another, each of `units` that cost the same.  This worker's part of the total is
+ * contiguous; of the item whose units begin at `before` it gets [*u0, *u1), those that begin inside its part.
+ */
+static inline void dsv4_share_cost(const dsv4_worker *w, int64_t total, int64_t before, int64_t cost, int64_t units,
+                                   int64_t *u0, int64_t *u1) {
+    int64_t lo = total * w->id / w->n, hi = total * (w->id + 1) / w->n;
+    int64_t first = lo <= before ? 0 : (lo - before + cost - 1) / cost;
+    int64_t last = hi <= before ? 0 : (hi - before + cost - 1) / cost;
+    *u0 = first < units ? first : units;
+    *u1 = last < units ? last : units;
 }
 
 #endif

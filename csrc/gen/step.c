@@ -10,20 +10,28 @@
 #include "gen/session.h"
 #include "model/pass.h"
 
+/* What a run has allocated; the model keeps the last run for the next step, so decoding allocates nothing. */
+struct kept {
+    struct dsv4_piece *pieces;   /* [chunk], like the next four */
+    struct dsv4_wanted *wanted;
+    int32_t *ids, *positions, *piece_of;
+    int32_t *row0;               /* [capacity] first probe row of each segment */
+    dsv4_session **order;        /* [capacity] */
+    int32_t capacity;            /* segments */
+};
+
 struct dsv4_run {
     dsv4_model *model;
+    struct kept kept;              /* owned */
     struct dsv4_segment *segments; /* borrowed; NULL for a layer run alone */
     int32_t n_segment, n_locked, n_saved;
-    int32_t *row0;                 /* [n_segment] first probe row of each segment */
     const struct dsv4_probe *probe;
+    struct dsv4_clock clock;
     atomic_int bad_layer;
     atomic_llong progress;
     int diagnose, cancelled;
     /* one pass at a time, planned by worker 0 */
     struct dsv4_pass pass;
-    struct dsv4_piece *pieces;
-    struct dsv4_wanted *wanted;
-    int32_t *ids, *positions, *piece_of;
     int32_t segment, offset; /* where the next pass begins */
     /* a layer run alone */
     struct dsv4_kv kv;
@@ -39,9 +47,9 @@ static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const int32_t *ids, int32
     struct dsv4_pass *p = &r->pass;
     p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, row};
     for (int32_t i = 0; i < n; i++) {
-        r->ids[p->n_tok + i] = ids[i];
-        r->positions[p->n_tok + i] = position + i;
-        r->piece_of[p->n_tok + i] = p->n_piece;
+        r->kept.ids[p->n_tok + i] = ids[i];
+        r->kept.positions[p->n_tok + i] = position + i;
+        r->kept.piece_of[p->n_tok + i] = p->n_piece;
     }
     p->n_tok += n;
     p->n_piece++;
@@ -79,7 +87,7 @@ static int plan_pass(dsv4_run *r) {
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
         want_rows(r, s, r->offset, n, p->n_tok);
         add_piece(r, &s->session->kv, s->ids + r->offset, n, s->session->position + r->offset,
-                  r->row0[r->segment] + r->offset);
+                  r->kept.row0[r->segment] + r->offset);
         r->offset += n;
         if (r->offset == s->n) {
             r->segment++;
@@ -108,7 +116,7 @@ static void step_job(dsv4_worker *w, void *ctx) {
     for (;;) {
         if (w->id == 0)
             plan_pass(r);
-        if (dsv4_barrier(w) || !r->pass.n_tok)
+        if (dsv4_meet(w, &r->pass) || !r->pass.n_tok)
             return;
         if (!r->segments)
             copy_streams(w, r, 0);
@@ -116,7 +124,7 @@ static void step_job(dsv4_worker *w, void *ctx) {
             return;
         if (!r->segments)
             copy_streams(w, r, 1);
-        if (dsv4_barrier(w))
+        if (dsv4_meet(w, &r->pass))
             return;
         if (w->id == 0)
             atomic_fetch_add(&r->progress, r->pass.n_tok);
@@ -155,21 +163,16 @@ static int by_address(const void *a, const void *b) {
 
 /* Locks in the order of addresses, so two steps with the same sessions cannot wait for each other. */
 static dsv4_status lock_sessions(dsv4_run *r, dsv4_error *err) {
-    dsv4_session **order = malloc((size_t)r->n_segment * sizeof(*order));
-    if (!order)
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %d segments", r->n_segment);
+    dsv4_session **order = r->kept.order;
     for (int32_t i = 0; i < r->n_segment; i++)
         order[i] = r->segments[i].session;
     qsort(order, (size_t)r->n_segment, sizeof(*order), by_address);
     for (int32_t i = 1; i < r->n_segment; i++)
-        if (order[i] == order[i - 1]) {
-            free(order);
+        if (order[i] == order[i - 1])
             return dsv4_fail(err, DSV4_E_ARGUMENT, "segments: one session occurs twice, wanted each once");
-        }
     for (int32_t i = 0; i < r->n_segment; i++)
         pthread_mutex_lock(&order[i]->lock);
     r->n_locked = r->n_segment;
-    free(order);
     return DSV4_OK;
 }
 
@@ -181,43 +184,76 @@ static void restore(dsv4_run *r) {
     }
 }
 
-static void run_destroy(dsv4_run *r) {
+void dsv4_run_free(dsv4_run *r) {
+    if (!r)
+        return;
+    free(r->kept.pieces);
+    free(r->kept.wanted);
+    free(r->kept.ids);
+    free(r->kept.positions);
+    free(r->kept.piece_of);
+    free(r->kept.row0);
+    free(r->kept.order);
+    free(r);
+}
+
+static void run_release(dsv4_run *r) {
+    dsv4_model *m = r->model;
+    dsv4_run *none = NULL;
     for (int32_t i = 0; i < r->n_locked; i++)
         pthread_mutex_unlock(&r->segments[i].session->lock);
     if (!r->segments)
         dsv4_kv_destroy(&r->kv);
-    free(r->pieces);
-    free(r->wanted);
-    free(r->ids);
-    free(r->positions);
-    free(r->piece_of);
-    free(r->row0);
-    free(r);
+    if (!atomic_compare_exchange_strong(&m->spare, &none, r))
+        dsv4_run_free(r);
+    dsv4_model_destroy(m);
 }
 
-static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_probe *probe, int32_t n_segment,
-                              dsv4_error *err) {
+static dsv4_run *run_allocate(const dsv4_model *m) {
     size_t chunk = (size_t)m->options.chunk_tok;
     dsv4_run *r = calloc(1, sizeof *r);
     if (!r)
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a step");
-    r->model = m;
-    r->pieces = calloc(chunk, sizeof *r->pieces);
-    r->wanted = calloc(chunk, sizeof *r->wanted);
-    r->ids = calloc(chunk, sizeof *r->ids);
-    r->positions = calloc(chunk, sizeof *r->positions);
-    r->piece_of = calloc(chunk, sizeof *r->piece_of);
-    r->row0 = calloc((size_t)n_segment + 1, sizeof *r->row0);
-    if (!r->pieces || !r->wanted || !r->ids || !r->positions || !r->piece_of || !r->row0) {
-        run_destroy(r);
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a step of %zu tokens", chunk);
+        return NULL;
+    r->kept.pieces = calloc(chunk, sizeof *r->kept.pieces);
+    r->kept.wanted = calloc(chunk, sizeof *r->kept.wanted);
+    r->kept.ids = calloc(chunk, sizeof *r->kept.ids);
+    r->kept.positions = calloc(chunk, sizeof *r->kept.positions);
+    r->kept.piece_of = calloc(chunk, sizeof *r->kept.piece_of);
+    if (r->kept.pieces && r->kept.wanted && r->kept.ids && r->kept.positions && r->kept.piece_of)
+        return r;
+    dsv4_run_free(r);
+    return NULL;
+}
+
+static int reserve_segments(struct kept *kept, int32_t n) {
+    if (n <= kept->capacity)
+        return 0;
+    int32_t *row0 = realloc(kept->row0, (size_t)n * sizeof *row0);
+    kept->row0 = row0 ? row0 : kept->row0;
+    dsv4_session **order = realloc(kept->order, (size_t)n * sizeof(*order));
+    kept->order = order ? order : kept->order;
+    if (!row0 || !order)
+        return 1;
+    kept->capacity = n;
+    return 0;
+}
+
+static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_probe *probe,
+                              struct dsv4_segment *segments, int32_t n_segment, dsv4_error *err) {
+    dsv4_run *r = atomic_exchange(&m->spare, NULL);
+    if (!r)
+        r = run_allocate(m);
+    if (!r || reserve_segments(&r->kept, n_segment)) {
+        dsv4_run_free(r);
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a step of %d segments", n_segment);
     }
+    atomic_fetch_add(&m->references, 1); /* the sessions may go before the run has been put away */
+    *r = (dsv4_run){.model = m, .kept = r->kept, .segments = segments, .n_segment = n_segment, .probe = probe};
     atomic_init(&r->bad_layer, INT_MAX);
-    r->probe = probe;
     r->pass = (struct dsv4_pass){
-        .m = m, .ws = m->workspace, .pieces = r->pieces, .ids = r->ids, .positions = r->positions,
-        .piece_of = r->piece_of, .end_layer = m->config.num_hidden_layers, .probe = probe, .wanted = r->wanted,
-        .bad_layer = &r->bad_layer,
+        .m = m, .ws = m->workspace, .pieces = r->kept.pieces, .ids = r->kept.ids, .positions = r->kept.positions,
+        .piece_of = r->kept.piece_of, .end_layer = m->config.num_hidden_layers, .probe = probe,
+        .clock = probe && probe->seconds ? &r->clock : NULL, .wanted = r->kept.wanted, .bad_layer = &r->bad_layer,
     };
     *out = r;
     return DSV4_OK;
@@ -233,7 +269,7 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
         DSV4_TRY(check_room(s, err));
         DSV4_TRY(dsv4_session_reserve_tokens_locked(s->session, s->n, err));
         DSV4_TRY(dsv4_kv_reserve(&s->session->kv, s->session->position + s->n, err));
-        r->row0[i] = row;
+        r->kept.row0[i] = row;
         row += s->n;
     }
     for (int32_t i = 0; i < r->n_segment; i++, r->n_saved++)
@@ -242,8 +278,8 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
 }
 
 static dsv4_status check_probe(const dsv4_model *m, const struct dsv4_probe *probe, dsv4_error *err) {
-    if (probe && (probe->layer < 0 || probe->layer >= m->config.num_hidden_layers))
-        return dsv4_fail(err, DSV4_E_ARGUMENT, "probe: got layer %d, wanted one in [0, %d)", probe->layer,
+    if (probe && (probe->layer < -1 || probe->layer >= m->config.num_hidden_layers))
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "probe: got layer %d, wanted one in [-1, %d)", probe->layer,
                          m->config.num_hidden_layers);
     return DSV4_OK;
 }
@@ -279,6 +315,8 @@ static dsv4_status launch(dsv4_run *r, dsv4_error *err) {
     DSV4_TRY(grow_workspace(r, err));
     r->pass.diagnose = r->diagnose;
     r->segment = r->offset = 0;
+    if (r->pass.clock)
+        dsv4_clock_start(r->pass.clock);
     return dsv4_team_start(r->model->team, step_job, r, err);
 }
 
@@ -288,14 +326,12 @@ dsv4_status dsv4_step_start(dsv4_run **out, dsv4_model *m, struct dsv4_segment *
     if (n_segment < 1)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "segments: got none, wanted at least one");
     DSV4_TRY(check_probe(m, probe, err));
-    DSV4_TRY(run_create(&r, m, probe, n_segment, err));
-    r->segments = segments;
-    r->n_segment = n_segment;
+    DSV4_TRY(run_create(&r, m, probe, segments, n_segment, err));
     dsv4_status status = prepare_sessions(r, err);
     if (status == DSV4_OK)
         status = launch(r, err);
     if (status != DSV4_OK) {
-        run_destroy(r);
+        run_release(r);
         return status;
     }
     *out = r;
@@ -317,7 +353,7 @@ dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint1
             return dsv4_fail(err, DSV4_E_ARGUMENT, "token_ids: got %d at %d, wanted ids in [0, %d)", token_ids[i], i,
                              m->config.vocab_size);
     DSV4_TRY(check_probe(m, probe, err));
-    DSV4_TRY(run_create(&r, m, probe, 0, err));
+    DSV4_TRY(run_create(&r, m, probe, NULL, 0, err));
     r->streams_in = streams_in;
     r->streams_out = streams_out;
     r->token_ids = token_ids;
@@ -330,7 +366,7 @@ dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint1
     if (status == DSV4_OK)
         status = launch(r, err);
     if (status != DSV4_OK) {
-        run_destroy(r);
+        run_release(r);
         return status;
     }
     *out = r;
@@ -372,6 +408,8 @@ static void commit(dsv4_run *r) {
 dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
     dsv4_status status = DSV4_OK;
     dsv4_team_finish(r->model->team);
+    for (int i = 0; r->pass.clock && i < DSV4_PHASES; i++)
+        r->probe->seconds[i] = (float)r->clock.seconds[i];
     if (r->cancelled) {
         status = dsv4_fail(err, DSV4_E_CANCELLED, "the step was cancelled; every session is as it was");
     } else if (atomic_load(&r->bad_layer) != INT_MAX) {
@@ -387,6 +425,6 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
         commit(r);
     else
         restore(r);
-    run_destroy(r);
+    run_release(r);
     return status;
 }

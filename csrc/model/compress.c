@@ -94,6 +94,7 @@ static void keep_raw(const struct dsv4_piece *piece, const struct view *v, int32
 /* What the next pass needs of this one; after attention, which still reads the old window. */
 void dsv4_keep_state(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     const struct dsv4_layer *l = &p->m->layers[layer];
+    const struct dsv4_prepared *b = dsv4_prepared(w, p);
     int32_t window = p->m->config.sliding_window;
     int64_t lo, hi;
     dsv4_share(w, p->n_tok, 1, &lo, &hi);
@@ -102,7 +103,7 @@ void dsv4_keep_state(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
         int32_t t = (int32_t)i - piece->first_tok, left = piece->n - t;
         if (left <= window)
             memcpy(piece->kv->layers[layer].window + (size_t)((piece->position + t) % window) * p->m->kv_row,
-                   p->ws->kv_rows + (size_t)i * p->m->kv_row, p->m->kv_row);
+                   b->kv_rows + (size_t)i * p->m->kv_row, p->m->kv_row);
         if (l->kind == DSV4_SWA || left > p->m->state[layer].rows)
             continue;
         struct view v = main_view(p, piece, layer);

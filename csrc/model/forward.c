@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The forward pass (SPEC A.1): embedding, layers, head.  There is no other. */
 #include <limits.h>
+#include <time.h>
 
 #include "model/pass.h"
 
@@ -32,8 +33,24 @@ static int enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
         for (int32_t j = 1; j < hc; j++)
             memcpy(x + (ptrdiff_t)j * d, x, 2 * (size_t)d);
     }
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     return 0;
+}
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void dsv4_clock_start(struct dsv4_clock *clock) {
+    *clock = (struct dsv4_clock){.last = seconds_now()};
+}
+
+void dsv4_clock_add(struct dsv4_clock *clock, enum dsv4_phase phase) {
+    double now = seconds_now();
+    clock->seconds[phase] += now - clock->last;
+    clock->last = now;
 }
 
 void dsv4_probe_rows(const dsv4_worker *w, const struct dsv4_pass *p, void *to, const void *from, size_t row_bytes) {
@@ -77,23 +94,27 @@ static void diagnose(const dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
 static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
     const struct dsv4_layer *l = &p->m->layers[i];
     size_t row = (size_t)p->m->config.hidden_size * sizeof(dsv4_bf16);
-    int quant = p->m->options.numerics == DSV4_OFFICIAL;
-    if (dsv4_collapse(w, p, &l->hc_attn, l->attn_norm, quant, 1) || dsv4_attention(w, p, i))
+    if (dsv4_collapse(w, p, &l->hc_attn, l->attn_norm) || dsv4_attention(w, p, i))
         return 1;
     if (dsv4_probed(p, i)) {
+        DSV4_SYNC(w, p);
         dsv4_probe_rows(w, p, p->probe->attention, p->ws->y, row);
         probe_selection(w, p, l->kind == DSV4_CSA);
     }
-    if (dsv4_spread(w, p) || dsv4_collapse(w, p, &l->hc_ffn, l->ffn_norm, quant, 1) || dsv4_moe(w, p, i))
+    dsv4_spread(w, p);
+    DSV4_SYNC(w, p);
+    if (dsv4_collapse(w, p, &l->hc_ffn, l->ffn_norm) || dsv4_moe(w, p, i))
         return 1;
     if (dsv4_probed(p, i)) {
+        const struct dsv4_prepared *b = dsv4_prepared(w, p);
         size_t top_k = (size_t)p->m->config.num_experts_per_tok;
+        DSV4_SYNC(w, p);
         dsv4_probe_rows(w, p, p->probe->ffn, p->ws->y, row);
-        dsv4_probe_rows(w, p, p->probe->experts, p->ws->expert_ids, top_k * sizeof(int32_t));
-        dsv4_probe_rows(w, p, p->probe->expert_weights, p->ws->expert_weights, top_k * sizeof(float));
+        dsv4_probe_rows(w, p, p->probe->experts, b->expert_ids, top_k * sizeof(int32_t));
+        dsv4_probe_rows(w, p, p->probe->expert_weights, b->expert_weights, top_k * sizeof(float));
     }
-    if (dsv4_spread(w, p))
-        return 1;
+    dsv4_spread(w, p);
+    DSV4_SYNC(w, p);
     if (dsv4_probed(p, i))
         dsv4_probe_rows(w, p, p->probe->streams, p->ws->streams, row * (size_t)p->m->config.hc_mult);
     if (p->diagnose)

@@ -12,7 +12,7 @@ static int hidden_rows(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, 
     struct dsv4_linear_job job = {&p->m->hc_head.fn, ws->streams, ws->head_dots, (ptrdiff_t)hc * d, hc, 1};
     if (w->id == 0)
         dsv4_linear_rows(w, p, &job, tok, n, 0, hc);
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     dsv4_share(w, n, 1, &lo, &hi);
     for (int64_t i = lo; i < hi; i++) {
         dsv4_bf16 *h = ws->hidden + i * d;
@@ -24,7 +24,7 @@ static int hidden_rows(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, 
         p->m->k.rmsnorm(h, h, p->m->norm, d, c->rms_norm_eps);
         p->m->k.act_flush(h, h, d);
     }
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     return 0;
 }
 
@@ -48,7 +48,7 @@ static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_
     struct dsv4_linear_job job = {&p->m->head, p->ws->hidden, p->ws->logits, p->m->config.hidden_size, vocab, 1};
     dsv4_share(w, vocab, 16, &lo, &hi);
     dsv4_linear_rows(w, p, &job, NULL, n, (int32_t)lo, (int32_t)hi);
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     for (int32_t i = 0; i < n; i++) {
         const float *row = p->ws->logits + (ptrdiff_t)i * vocab;
         int none = INT_MAX; /* a layer found before stays */
@@ -57,14 +57,14 @@ static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_
         if (wanted[i].logits)
             memcpy(wanted[i].logits + lo, row + lo, (size_t)(hi - lo) * sizeof *row);
     }
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     if (atomic_load(p->bad_layer) != INT_MAX)
         return 0; /* the run fails: nothing is sampled */
     dsv4_share(w, n, 1, &lo, &hi);
     for (int64_t i = lo; i < hi; i++)
         if (wanted[i].sampler)
             dsv4_sampler_sample(wanted[i].sampler, p->ws->logits + i * vocab, wanted[i].position, wanted[i].sample);
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     return 0;
 }
 

@@ -10,11 +10,19 @@ static int32_t visible(const struct dsv4_pass *p, int64_t t, int32_t ratio) {
     return (p->positions[t] + 1) / ratio;
 }
 
+int dsv4_scores(const struct dsv4_pass *p, int32_t layer) {
+    for (int64_t t = 0; t < p->n_tok; t++)
+        if (visible(p, t, p->m->layers[layer].compressor.ratio) > p->m->config.index_topk)
+            return 1;
+    return 0;
+}
+
 /* Scores of entries [first, end) for token t, block by block of the session's rows. */
 static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, int32_t first, int32_t end,
                   float *scores) {
     const struct dsv4_config *c = &p->m->config;
     const struct dsv4_row_store *keys = &p->pieces[p->piece_of[t]].kv->layers[layer].index;
+    dsv4_lap(w, p, DSV4_PHASE_OTHER);
     for (int32_t s = first; s < end && !dsv4_cancelled(w);) {
         int32_t block_end = (s / DSV4_ROWS_PER_BLOCK + 1) * DSV4_ROWS_PER_BLOCK;
         int32_t n = (block_end < end ? block_end : end) - s;
@@ -26,6 +34,7 @@ static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int6
         });
         s += n;
     }
+    dsv4_lap(w, p, DSV4_PHASE_INDEXER);
 }
 
 /* NaN would only lose the selection silently: the step fails and names this layer instead. */
@@ -45,6 +54,7 @@ static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t laye
     if (n > c->index_topk) {
         check_scores(p, layer, scores, n);
         n = p->m->k.top_k(ids, scores, n, c->index_topk, dsv4_scratch(w, p, p->ws->at_top_k));
+        dsv4_lap(w, p, DSV4_PHASE_INDEXER);
     } else {
         for (int32_t i = 0; i < n; i++)
             ids[i] = i;
@@ -62,11 +72,11 @@ static int select_together(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
         if (n > topk)
             score(w, p, layer, t, (int32_t)lo, (int32_t)hi, p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity);
     }
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     dsv4_share(w, p->n_tok, 1, &lo, &hi);
     for (int64_t t = lo; t < hi; t++)
         select_token(w, p, layer, t, p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity);
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     return 0;
 }
 
@@ -82,6 +92,6 @@ int dsv4_select(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
         if (!dsv4_cancelled(w))
             select_token(w, p, layer, t, scores);
     }
-    DSV4_SYNC(w);
+    DSV4_SYNC(w, p);
     return 0;
 }

@@ -8,7 +8,7 @@
 #include "model/model.h"
 #include "model/pass.h"
 
-enum { DEFAULT_CHUNK = 512, MAX_DIM = 1 << 24, MAX_THREADS = 1024 };
+enum { MIN_CHUNK = 512, MAX_CHUNK = 4096, TOKENS_PER_EXPERT = 48, MAX_DIM = 1 << 24, MAX_THREADS = 1024 };
 
 static dsv4_status check(const char *name, int64_t got, int64_t low, int64_t high, dsv4_error *err) {
     if (got >= low && got <= high)
@@ -131,9 +131,20 @@ static int32_t thread_count(const struct dsv4_options *options, const struct dsv
     return bytes / bytes_per_thread + 1 < (uint64_t)most ? (int32_t)(bytes / bytes_per_thread) + 1 : most;
 }
 
+/*
+ * Tokens per pass: so many that an expert sees TOKENS_PER_EXPERT of them, which pays for decoding its weights, as far as
+ * the workspace stays small beside the model.
+ */
+static int32_t default_chunk(const struct dsv4_config *c) {
+    int64_t n = (int64_t)TOKENS_PER_EXPERT * c->n_routed_experts / c->num_experts_per_tok;
+    return n < MIN_CHUNK ? MIN_CHUNK : n > MAX_CHUNK ? MAX_CHUNK : (int32_t)n;
+}
+
 static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, int32_t n_shard,
                          const struct dsv4_tensor_desc *tensors, int32_t n_tensor, dsv4_error *err) {
     DSV4_TRY(check_config(&m->config, err));
+    if (!m->options.chunk_tok)
+        m->options.chunk_tok = default_chunk(&m->config);
     DSV4_TRY(check("threads", m->options.n_thread, 0, MAX_THREADS, err));
     DSV4_TRY(check("chunk", m->options.chunk_tok, 1, 1 << 16, err));
     DSV4_TRY(choose_kernels(m, err));
@@ -160,7 +171,6 @@ dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a model");
     m->config = *config;
     m->options = *options;
-    m->options.chunk_tok = options->chunk_tok ? options->chunk_tok : DEFAULT_CHUNK;
     atomic_init(&m->references, 1);
     dsv4_status status = build(m, shards, n_shard, tensors, n_tensor, err);
     m->options.progress = NULL;
@@ -176,6 +186,7 @@ dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config
 void dsv4_model_destroy(dsv4_model *m) {
     if (!m || atomic_fetch_sub(&m->references, 1) > 1)
         return;
+    dsv4_run_free(atomic_load(&m->spare));
     dsv4_workspace_destroy(m->workspace);
     dsv4_team_destroy(m->team);
     if (m->shards)

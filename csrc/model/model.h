@@ -85,6 +85,7 @@ struct dsv4_model {
     struct dsv4_state_layout *state; /* [layers] */
     size_t state_bytes;
     struct dsv4_workspace *workspace; /* owned; used by the running step alone */
+    _Atomic(dsv4_run *) spare; /* owned: the buffers of the last step, for the next */
     atomic_int references;
 };
 
@@ -94,6 +95,9 @@ void dsv4_rope_frequencies(float *main_table, float *compressed, const struct ds
 /* model/weights.c: binds and checks every tensor; model/scan.c: looks for NaN and decides the scale rules. */
 dsv4_status dsv4_bind_weights(dsv4_model *m, dsv4_error *err);
 dsv4_status dsv4_scan_weights(dsv4_model *m, dsv4_error *err);
+
+/* gen/step.c */
+void dsv4_run_free(dsv4_run *run);
 
 const struct dsv4_tensor_desc *dsv4_find_tensor(const dsv4_model *m, const char *name);
 static inline const uint8_t *dsv4_tensor_data(const dsv4_model *m, const struct dsv4_tensor_desc *t) {

@@ -74,6 +74,40 @@ dsv4_status dsv4_workspace_reserve(struct dsv4_workspace *ws, const dsv4_model *
     return DSV4_OK;
 }
 
+#define TAKE_FROM(arena, object, field, count)                                                                         \
+    if (status == DSV4_OK)                                                                                             \
+    status = dsv4_arena_take(arena, &(object)->field, count, sizeof *(object)->field, err)
+
+static dsv4_status take_prepared(struct dsv4_prepared *b, struct dsv4_arena *arena, const dsv4_model *m, size_t n,
+                                 dsv4_error *err) {
+    const struct dsv4_config *c = &m->config;
+    size_t d = (size_t)c->hidden_size, hc = (size_t)c->hc_mult, ql = (size_t)c->q_lora_rank;
+    size_t top_k = (size_t)c->num_experts_per_tok, rows = n * (top_k + 1), n_exp = (size_t)c->n_routed_experts;
+    dsv4_status status = DSV4_OK;
+#define TAKE(field, count) TAKE_FROM(arena, b, field, count)
+    TAKE(post, n * hc);
+    TAKE(comb, n * hc * hc);
+    TAKE(u, n * d);
+    TAKE(u_quant, n * d);
+    TAKE(u_plain, n * d);
+    TAKE(qr, n * ql);
+    TAKE(qr_quant, n * ql);
+    TAKE(kv, n * (size_t)c->head_dim);
+    TAKE(kv_rows, n * m->kv_row);
+    TAKE(z_quant, n * (size_t)c->o_groups * (size_t)c->o_lora_rank);
+    TAKE(router_scores, n * n_exp);
+    TAKE(expert_ids, n * top_k);
+    TAKE(expert_weights, n * top_k);
+    TAKE(group_first, n_exp + 2);
+    TAKE(row_tok, rows);
+    TAKE(row_weight, rows);
+    TAKE(tok_rows, rows);
+#undef TAKE
+    return status;
+}
+
+#define TAKE(field, count) TAKE_FROM(ws->arena, ws, field, count)
+
 dsv4_status dsv4_workspace_create(struct dsv4_workspace **out, const dsv4_model *m, dsv4_error *err) {
     const struct dsv4_config *c = &m->config;
     size_t n = (size_t)m->options.chunk_tok, d = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
@@ -81,32 +115,27 @@ dsv4_status dsv4_workspace_create(struct dsv4_workspace **out, const dsv4_model 
     size_t iq = (size_t)c->index_n_heads, low = (size_t)c->o_groups * (size_t)c->o_lora_rank;
     size_t top_k = (size_t)c->num_experts_per_tok, rows = n * (top_k + 1), width = (size_t)c->moe_intermediate_size;
     size_t n_exp = (size_t)c->n_routed_experts, vocab = (size_t)c->vocab_size, ql = (size_t)c->q_lora_rank;
+    size_t team = (size_t)dsv4_team_size(m->team);
     struct dsv4_workspace *ws = calloc(1, sizeof *ws);
     if (!ws)
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for the workspace");
     dsv4_status status = dsv4_arena_create(&ws->arena, err);
-#define TAKE(field, count)                                                                                             \
-    if (status == DSV4_OK)                                                                                             \
-    status = dsv4_arena_take(ws->arena, &ws->field, count, sizeof *ws->field, err)
+    TAKE(own, team);
+    if (status == DSV4_OK)
+        status = take_prepared(&ws->shared, ws->arena, m, n, err);
+    for (size_t i = 0; i < team && status == DSV4_OK; i++)
+        status = take_prepared(&ws->own[i], ws->arena, m, 1, err);
     TAKE(streams, n * hc * d);
     TAKE(dots, n * (2 + hc) * hc);
-    TAKE(post, n * hc);
-    TAKE(comb, n * hc * hc);
-    TAKE(u, n * d);
-    TAKE(u_quant, n * d);
-    TAKE(u_plain, n * d);
     TAKE(y, n * d);
     TAKE(cos_main, n * pairs);
     TAKE(sin_main, n * pairs);
     TAKE(cos_comp, n * pairs);
     TAKE(sin_comp, n * pairs);
     TAKE(qa, n * ql);
-    TAKE(qr, n * ql);
-    TAKE(qr_quant, n * ql);
     TAKE(q, n * heads);
     TAKE(o, n * heads);
-    TAKE(kv, n * (size_t)c->head_dim);
-    TAKE(kv_rows, n * m->kv_row);
+    TAKE(kv_raw, n * (size_t)c->head_dim);
     TAKE(comp_k, n * 2 * (size_t)c->head_dim);
     TAKE(comp_gate, n * 2 * (size_t)c->head_dim);
     TAKE(icomp_k, n * 2 * (size_t)c->index_head_dim);
@@ -117,23 +146,14 @@ dsv4_status dsv4_workspace_create(struct dsv4_workspace **out, const dsv4_model 
     TAKE(selected, n * (size_t)c->index_topk);
     TAKE(n_selected, n);
     TAKE(z, n * low);
-    TAKE(z_quant, n * low);
     TAKE(router_logits, n * n_exp);
-    TAKE(router_scores, n * n_exp);
-    TAKE(expert_ids, n * top_k);
-    TAKE(expert_weights, n * top_k);
-    TAKE(group_first, n_exp + 2);
-    TAKE(row_tok, rows);
-    TAKE(row_weight, rows);
-    TAKE(tok_rows, rows);
     TAKE(gate_out, rows * width);
     TAKE(up_out, rows * width);
     TAKE(expert_out, rows * d);
     TAKE(hidden, DSV4_LOGIT_ROWS * d);
     TAKE(head_dots, DSV4_LOGIT_ROWS * hc);
     TAKE(logits, DSV4_LOGIT_ROWS * vocab);
-    TAKE(scratch, (size_t)dsv4_team_size(m->team));
-#undef TAKE
+    TAKE(scratch, team);
     if (status == DSV4_OK)
         status = dsv4_workspace_reserve(ws, m, 4096, err);
     if (status != DSV4_OK) {

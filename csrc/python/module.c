@@ -22,6 +22,13 @@ static int module_exec(PyObject *module) {
         add_type(module, &state->session_type, &session_spec) < 0 ||
         add_type(module, &state->sampler_type, &sampler_spec) < 0)
         return -1;
+    /* enum dsv4_phase */
+    PyObject *phases = Py_BuildValue("(ssssssss)", "fp8", "fp4", "bf16", "f32", "attention",
+                                     "indexer", "other", "wait");
+    if (!phases || PyModule_AddObject(module, "PHASES", phases) < 0) {
+        Py_XDECREF(phases);
+        return -1;
+    }
     PyObject *errors = PyImport_ImportModule("dsv4.errors");
     if (!errors)
         return -1;

@@ -351,9 +351,9 @@ static PyMethodDef model_methods[] = {
                "One forward pass over [(session, ids, want, sampler or None), ...].\n\n"
                "want is 0 (no logits), 1 (last row) or 2 (all rows).  Returns [(float32 [rows, "
                "vocab] or None, sample or\n"
-               "None), ...].  probe is None or a dict: `layer`, and the names of the internals to "
-               "copy, whose values\n"
-               "become arrays.")},
+               "None), ...].  probe is None or a dict: `layer` (-1: none), and the names of the "
+               "internals to copy,\n"
+               "whose values become arrays; `seconds` becomes the time spent by PHASES.")},
     {"layer", (PyCFunction)(void (*)(void))model_layer, METH_VARARGS,
      PyDoc_STR("layer($self, layer, streams, ids, probe, /)\n--\n\n"
                "One layer alone from position 0: uint16 bf16 codes [n, hc_mult, hidden_size] in "

@@ -9,7 +9,7 @@
 
 /* ---- probe ---- */
 
-enum { PROBE_PARTS = 6 };
+enum { PROBE_PARTS = 7 };
 
 struct probe_args {
     struct dsv4_probe probe;
@@ -17,8 +17,8 @@ struct probe_args {
     PyObject *arrays[PROBE_PARTS]; /* owned, NULL where not asked for */
 };
 
-static const char *const probe_names[PROBE_PARTS] = {"streams", "attention",      "ffn",
-                                                     "experts", "expert_weights", "index_selected"};
+static const char *const probe_names[PROBE_PARTS] = {
+    "streams", "attention", "ffn", "experts", "expert_weights", "index_selected", "seconds"};
 
 /* Makes the arrays that the dict asks for, for n rows. */
 static int probe_parse(struct probe_args *a, PyObject *dict, const struct dsv4_config *config,
@@ -45,11 +45,13 @@ static int probe_parse(struct probe_args *a, PyObject *dict, const struct dsv4_c
         {ARRAY_I32, 2, {config->num_experts_per_tok, 0}, (void **)&a->probe.experts},
         {ARRAY_F32, 2, {config->num_experts_per_tok, 0}, (void **)&a->probe.expert_weights},
         {ARRAY_I32, 2, {config->index_topk, 0}, (void **)&a->probe.index_selected},
+        {ARRAY_F32, 1, {0, 0}, (void **)&a->probe.seconds},
     };
     for (int i = 0; i < PROBE_PARTS; i++) {
         if (!PyDict_GetItemString(dict, probe_names[i]))
             continue;
-        const int64_t shape[3] = {n, parts[i].inner[0], parts[i].inner[1]};
+        const int64_t rows = parts[i].rank > 1 ? n : DSV4_PHASES;
+        const int64_t shape[3] = {rows, parts[i].inner[0], parts[i].inner[1]};
         a->arrays[i] = array_new(parts[i].type, parts[i].rank, shape, parts[i].out);
         if (!a->arrays[i])
             return -1;

@@ -120,7 +120,7 @@ def test_too_little_memory_names_the_three_numbers(config):
         check_memory(p, free=p.total - GIB)
     text = str(caught.value)
     longest = p.longest_context(p.total - GIB)
-    assert "needed 152.56 GiB, free 151.56 GiB" in text and f"{longest:,} tokens" in text
+    assert "needed 152.89 GiB, free 151.89 GiB" in text and f"{longest:,} tokens" in text
     fits = plan(config("flash"), context=longest)
     assert fits.total <= p.total - GIB < plan(config("flash"), context=longest + 128).total
     with pytest.raises(MemoryError, match="nothing would fit.*alone need"):
