@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The entries of the linear family, made from the loops of linear_few.h and linear_many.h.  Before
- * including:
+ * The entries of the linear family, made from the loops of linear_few.h and linear_many.h.
+ * Before including:
  *
  *      LINEAR_SET       the name of the instruction set, as in function names
  *      F32_OPERANDS     1: FP8 scales beyond FOLD_ONCE_MAX need two multiplications

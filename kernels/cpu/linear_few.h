@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Linear layers for few tokens, a template over linear_units.h: weights are read once; R rows are
+ * Linear layers for few tokens, a template over what the including
+ * file defines (linear_units.h): weights are read once; R rows are
  * walked together, adjacent or spaced, with up to GROUP_TOKENS tokens at a time.
  */
 #ifndef DSV4_LINEAR_FEW_H

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Linear layers for many tokens, a template over linear_units.h: as many rows as PANEL_BYTES hold
+ * Linear layers for many tokens, a template over what the including
+ * file defines (linear_units.h): as many rows as PANEL_BYTES hold
  * are decoded to a panel of operands, [tile][unit][step][row of the tile], then multiplied with
  * tile after tile of tokens.  Missing rows of the last tile are zeros, missing tokens repeat the
  * last.
