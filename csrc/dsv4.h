@@ -66,6 +66,7 @@ struct dsv4_options {
     int32_t n_thread;               /* 0: one per processor this process may run on, fewer for small models */
     int32_t chunk_tok;              /* tokens per pass; 0: default */
     int32_t use_mmap;               /* 0: read into owned memory */
+    uint64_t expert_bytes;          /* with use_mmap: memory for routed experts, read from disk when chosen; 0: no limit */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
     /* bytes scanned, from the calling thread, at least every 50 ms; non-zero cancels (DSV4_E_CANCELLED); or NULL */
     int (*progress)(void *arg, uint64_t done, uint64_t total);
@@ -86,6 +87,13 @@ void dsv4_model_destroy(dsv4_model *model);
 const struct dsv4_config *dsv4_model_config(const dsv4_model *model);
 int32_t dsv4_model_threads(const dsv4_model *model);
 int32_t dsv4_model_chunk(const dsv4_model *model);
+
+/* Routed experts since the load, by layers and tokens of a step: kept in memory, read from disk, or used as mapped. */
+struct dsv4_expert_counts {
+    int32_t slots; /* experts that memory is set aside for; 0: all are used where they are mapped, and nothing counts */
+    uint64_t slot_bytes, kept, read, mapped, bytes; /* bytes: read in all */
+};
+void dsv4_model_experts(const dsv4_model *model, struct dsv4_expert_counts *out);
 
 /* op and variant name of entry i of the kernel table, i in [0, dsv4_kernel_count()). */
 int32_t dsv4_kernel_count(void);

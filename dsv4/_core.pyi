@@ -29,6 +29,8 @@ class Model:
     @property
     def chunk(self) -> int: ...
     @property
+    def experts(self) -> dict[str, int]: ...  # struct dsv4_expert_counts
+    @property
     def closed(self) -> bool: ...
     def step(
         self,

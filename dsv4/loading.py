@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.config import Config
 from dsv4.errors import BackendUnavailable, FormatError
 from dsv4.files import Folder
-from dsv4.memory import Plan, address_space, check_memory, plan
+from dsv4.memory import check_bytes, fitting, plan
 from dsv4.model import Model
 from dsv4.sampling import GENERATION_CONFIG_FILE
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -38,8 +37,8 @@ USUAL_CONTEXT = 4096
 def load(
     path: str | os.PathLike[str] | None = None, *, device: str = "auto",
     threads: int | None = None, numerics: str = "official", mmap: bool = True,
-    verify: str | None = None, revision: str | None = None, local_files_only: bool = False,
-    april_kv: bool = False, april_shared: bool = False,
+    memory: int | None = None, verify: str | None = None, revision: str | None = None,
+    local_files_only: bool = False, april_kv: bool = False, april_shared: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -57,9 +56,12 @@ def load(
         "official" computes what the published code does, rounding points included; "weights" does
         not round the inputs of linear layers to FP8.
     mmap : bool
-        Use the weights where the files are mapped; experts that do not fit into memory are then
-        read from disk again and again.  False reads all into memory of this process: for file
-        systems on which files may shrink while they are used.
+        Use the weights where the files are mapped.  False reads all into memory of this process:
+        for file systems on which files may shrink while they are used.
+    memory : int, optional
+        Most bytes to use for weights, state and work; what is free by default.  If it needs more,
+        routed experts come from disk: those used most are kept, the others are read when they are
+        chosen.  It changes the speed, never a bit of the results; `Model.plan` says what is kept.
     verify : "crc" or "sha256", optional
         Compare all weights with their checksums first (`dsv4.checksums`).
     revision : str, optional
@@ -100,6 +102,8 @@ def load(
     True
     """
     options = _options(device, threads, numerics, mmap, april_kv, april_shared)
+    if memory is not None:
+        memory = check_bytes(memory, "memory")
     if verify not in (None, "crc", "sha256"):
         raise ValueError(f"verify: got {verify!r}, wanted 'crc', 'sha256' or None")
     if path is None:
@@ -112,8 +116,9 @@ def load(
 
             checksums.verify(folder, verify)
         context = min(USUAL_CONTEXT, checkpoint.config.max_position_embeddings)
-        needs = plan(folder, context=context)
-        _check_fits(needs, mmap)
+        needs = fitting(plan(folder, context=context), mmap, memory)
+        if needs.experts_in_memory < needs.experts:
+            options["expert_bytes"] = needs.experts_in_memory * needs.expert_bytes
         tokenizer, defaults = _text_files(folder, checkpoint.config)
         with _Progress(str(folder)) as progress:
             core = engine(checkpoint, options, progress)
@@ -144,15 +149,6 @@ def kernel_info() -> dict[str, str]:
     return {op: variant for op, variant, _, chosen in variants if chosen}
 
 
-def _check_fits(needs: Plan, mmap: bool) -> None:
-    """Refuse what does not fit.  Mapped experts may stay on disk: only the rest must be resident,
-    while everything needs a place in the address space."""
-    if mmap:
-        check_memory(needs, free=address_space())
-        needs = replace(needs, weights={**needs.weights, "routed experts": 0})
-    check_memory(needs)
-
-
 def _options(
     device: object, threads: object, numerics: object, mmap: object, april_kv: object,
     april_shared: object,
@@ -171,7 +167,8 @@ def _options(
     return dict(
         numerics=NUMERICS[numerics], april_kv=int(april_kv is True),
         april_shared=int(april_shared is True), n_thread=_thread_count(threads), chunk_tok=0,
-        use_mmap=int(mmap is True), disable=os.environ.get("DSV4_CPU_DISABLE") or None,
+        use_mmap=int(mmap is True), expert_bytes=0,
+        disable=os.environ.get("DSV4_CPU_DISABLE") or None,
     )
 
 

@@ -5,15 +5,21 @@ Weights are counted from the shard headers, or from the config alone.  The state
 counted from the storage formats of the engine: KV rows (unrotated part in FP8, one scale byte per
 64, rotated part in bf16, padded to 8 bytes: 584 for the published models), index rows (FP4 and one
 scale byte per 32: 68), and the f32 rows of the open compressor windows.  Source: SPEC 3.10-3.11.
+
+What does not fit stays on disk: rows of the embedding are read when their token occurs, draft
+blocks never, and routed experts are kept in the memory that the rest leaves, and read when they are
+chosen and not there (csrc/model/experts.h).
 """
 
 import math
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dsv4 import hub
 from dsv4.checkpoint import Checkpoint
@@ -26,6 +32,12 @@ DEVICES = ("cpu", "cuda")
 TOKENS_PER_EXPERT, MIN_CHUNK, MAX_CHUNK = 48, 512, 4096
 BF16, F32 = 2, 4
 LOGIT_ROWS = 32
+# parts that a step does not read as a whole
+NOT_ALWAYS_READ = ("routed experts", "embedding", "draft")
+# an expert in memory: six tensors, each read from and to a multiple of 4096 bytes
+EXPERT_EDGES = 6 * 2 * 4096
+# page tables, buffers, the interpreter: what no part counts; less for small models
+MARGIN = 256 << 20
 
 PARTS = (
     "routed experts", "shared experts", "attention", "compressors and indexer",
@@ -48,6 +60,8 @@ class Plan:
     context, batch : int
         Tokens per sequence, and sequences.
     device : str
+    memory : int or None
+        Bytes it may use; None: as many as it needs.
     """
 
     config: Config
@@ -57,6 +71,7 @@ class Plan:
     context: int
     batch: int
     device: str
+    memory: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -72,6 +87,53 @@ class Plan:
     def total(self) -> int:
         """Bytes of everything."""
         return self.weight_bytes + self.state_bytes + self.workspace
+
+    @property
+    def always_read(self) -> int:
+        """Bytes of the weights that each step reads: without routed experts, embedding, draft."""
+        return sum(n for part, n in self.weights.items() if part not in NOT_ALWAYS_READ)
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of all layers."""
+        return self.config.num_hidden_layers * self.config.n_routed_experts
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one routed expert in memory, when it is not used where it is mapped."""
+        return -(-self.weights["routed experts"] // self.experts) + EXPERT_EDGES
+
+    @property
+    def experts_in_memory(self) -> int:
+        """Routed experts that `memory` has room for, beside all else; those of one token in one
+        layer at least."""
+        if self.memory is None or self.total <= self.memory:
+            return self.experts
+        room = (self.memory - self._all_but_experts) // self.expert_bytes
+        least = min(self.config.num_experts_per_tok, self.experts)
+        return max(least, min(self.experts - 1, room))
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay in memory: `total`, or what `memory` leaves room for."""
+        if self.experts_in_memory == self.experts:
+            return self.total
+        return self._all_but_experts + self.experts_in_memory * self.expert_bytes
+
+    @property
+    def _all_but_experts(self) -> int:
+        """Bytes in memory beside routed experts, when those come from disk."""
+        rest = self.always_read + self.state_bytes + self.workspace
+        return rest + min(MARGIN, rest // 16)
+
+    @property
+    def disk_per_token(self) -> tuple[int, int]:
+        """Bytes read from disk for one token: on average if all experts are chosen equally often,
+        and at most."""
+        each = self.weights["routed experts"] / self.experts
+        chosen = self.config.num_experts_per_tok * self.config.num_hidden_layers
+        missing = self.experts - self.experts_in_memory
+        return round(each * chosen * missing / self.experts), round(each * min(chosen, missing))
 
     @property
     def bytes_per_token(self) -> float:
@@ -98,8 +160,22 @@ class Plan:
             device=self.device, context=self.context, batch=self.batch,
             weights=dict(self.weights), weight_bytes=self.weight_bytes, state=dict(self.state),
             state_bytes=self.state_bytes, bytes_per_token=self.bytes_per_token,
-            workspace=self.workspace, total=self.total,
+            workspace=self.workspace, total=self.total, memory=self.memory, resident=self.resident,
+            always_read=self.always_read, experts=self.experts,
+            experts_in_memory=self.experts_in_memory, disk_per_token=list(self.disk_per_token),
         )
+
+    def _disk_rows(self) -> list[tuple[str, int]]:
+        kept, n = self.experts_in_memory, self.experts
+        if kept == n:
+            return [("  all of it stays in memory", self.resident)]
+        mean, most = self.disk_per_token
+        return [
+            ("  stays in memory", self.resident),
+            (f"  with {kept:,} of {n:,} routed experts", kept * self.expert_bytes),
+            ("  from disk for a token, even routes", mean),
+            ("  from disk for a token, at most", most),
+        ]
 
     def __str__(self) -> str:
         each = f" x {self.batch}" if self.batch > 1 else ""
@@ -107,13 +183,16 @@ class Plan:
         rows += [(f"state of {self.context:,} tokens{each}", self.state_bytes)]
         rows += _indented({k: v * self.batch for k, v in self.state.items()})
         rows += [("workspace", self.workspace), (f"total ({self.device})", self.total)]
+        if self.memory is not None:
+            rows += [("memory to use", self.memory), *self._disk_rows()]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {size(n):>10}" for name, n in rows)
 
 
 def plan(
     path: str | os.PathLike[str] | Config, context: int | None = None, batch: int = 1,
-    device: str = "cpu", *, workspace: Callable[[Config, int], int] | None = None,
+    device: str = "cpu", *, memory: int | None = None,
+    workspace: Callable[[Config, int], int] | None = None,
 ) -> Plan:
     """Count the bytes a model needs, without reading a weight.
 
@@ -128,13 +207,16 @@ def plan(
         Sequences at the same time.
     device : "cpu" or "cuda"
         Where they are to be.
+    memory : int, optional
+        Bytes it may use.  If it needs more, the plan says how many routed experts stay in memory
+        and how much is read from disk; without it, all is counted as in memory.
     workspace : function of (Config, batch), optional
         Bytes of a step's intermediate values; `step_workspace` by default.
 
     Raises
     ------
     ValueError
-        For a context, batch or device out of range.
+        For a context, batch, device or memory out of range.
     FormatError
         If the folder is not a valid checkpoint.
 
@@ -143,6 +225,9 @@ def plan(
     >>> from dsv4 import nano
     >>> plan(Config.from_json(nano.CONFIG), context=4096).state["index rows"]
     139264
+    >>> small = plan(Config.from_json(nano.CONFIG), context=4096, memory=1 << 28)
+    >>> small.experts_in_memory < small.experts
+    False
     """
     config, weights = _weights(path)
     limit = config.max_position_embeddings
@@ -150,12 +235,14 @@ def plan(
     for name, got, high in (("context", context, limit), ("batch", batch, 1 << 20)):
         if type(got) is not int or not 1 <= got <= high:
             raise ValueError(f"{name}: got {got!r}, wanted an integer from 1 to {high}")
+    if memory is not None:
+        memory = check_bytes(memory, "memory")
     if device not in DEVICES:
         raise ValueError(f"device: got {device!r}, wanted one of {', '.join(DEVICES)}")
     return Plan(
         config=config, weights=weights, state=state_bytes(config, context),
         workspace=(workspace or step_workspace)(config, batch), context=context, batch=batch,
-        device=device,
+        device=device, memory=memory,
     )
 
 
@@ -256,6 +343,15 @@ def _weights(path: str | os.PathLike[str] | Config) -> tuple[Config, dict[str, i
     return path, weights
 
 
+def check_bytes(value: object, name: str) -> int:
+    """A number of bytes, at least 1; ValueError or TypeError naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number of bytes or None")
+    if not 1 <= value < 1 << 52:
+        raise ValueError(f"{name}: got {value}, wanted a number of bytes from 1 to 2^52")
+    return int(value)
+
+
 def _indented(parts: dict[str, int]) -> list[tuple[str, int]]:
     return [(f"  {name}", n) for name, n in parts.items() if n]
 
@@ -318,6 +414,42 @@ def check_memory(needed: int | Plan, *, free: int | None = None) -> None:
             rest = needed.weight_bytes + needed.workspace
             fits = f"; nothing would fit: weights and workspace alone need {size(rest)}"
     raise MemoryError(f"memory: needed {size(total)}, free {size(free)}{fits}")
+
+
+def fitting(needs: Plan, mmap: bool, memory: int | None) -> Plan:
+    """The plan to load by, or a refusal.
+
+    Parameters
+    ----------
+    needs : Plan
+    mmap : bool
+        The weights stay in their files, so routed experts may stay on disk.
+    memory : int or None
+        Most bytes to use; what is free by default.
+
+    Returns
+    -------
+    Plan
+        `needs` where all of it fits, else the same with its `memory` set.
+
+    Raises
+    ------
+    MemoryError
+        With what is needed, and what is free or was allowed.
+    """
+    free = available_memory()
+    allowed = free if memory is None else min(free, memory)
+    if not mmap or needs.total <= allowed:
+        check_memory(needs, free=min(allowed, address_space()))
+        return needs
+    needs = replace(needs, memory=allowed)
+    if needs.resident > allowed:
+        raise MemoryError(
+            f"memory: needed {size(needs.resident)} (the weights that each token reads, its state, "
+            f"workspace and {needs.experts_in_memory} of {needs.experts} routed experts), "
+            f"{'free' if allowed == free else 'allowed'} {size(allowed)}")
+    check_memory(needs.weight_bytes + needs.resident, free=address_space())
+    return needs
 
 
 def _field(path: Path, key: str) -> int:

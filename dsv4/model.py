@@ -259,9 +259,17 @@ class Model:
             ("from", f"{self.path} ({files}, {how})"),
             ("weights", size(self.plan.weight_bytes)),
             *((f"  {part}", size(n)) for part, n in parts if n),
+            *self._kept(),
             ("runs on", f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, "
                         f"{self.numerics} numerics"),
         ]
+
+    def _kept(self) -> list[tuple[str, str]]:
+        kept, n = self.plan.experts_in_memory, self.plan.experts
+        if kept == n:
+            return []
+        return [("in memory", f"{size(self.plan.resident)}, {kept:,} of {n:,} routed experts; "
+                              "the others are read from disk when they are chosen")]
 
     def __repr__(self) -> str:
         facts = self._facts()

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "gen/session.h"
+#include "model/experts.h"
 #include "model/pass.h"
 
 /* What a run has allocated; the model keeps the last run for the next step, so decoding allocates nothing. */
@@ -114,8 +115,8 @@ static void copy_streams(const dsv4_worker *w, dsv4_run *r, int out) {
 static void step_job(dsv4_worker *w, void *ctx) {
     dsv4_run *r = ctx;
     for (;;) {
-        if (w->id == 0)
-            plan_pass(r);
+        if (w->id == 0 && plan_pass(r) && r->model->cache)
+            dsv4_experts_begin(&r->pass);
         if (dsv4_meet(w, &r->pass) || !r->pass.n_tok)
             return;
         if (!r->segments)
@@ -253,7 +254,8 @@ static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_p
     r->pass = (struct dsv4_pass){
         .m = m, .ws = m->workspace, .pieces = r->kept.pieces, .ids = r->kept.ids, .positions = r->kept.positions,
         .piece_of = r->kept.piece_of, .end_layer = m->config.num_hidden_layers, .probe = probe,
-        .clock = probe && probe->seconds ? &r->clock : NULL, .wanted = r->kept.wanted, .bad_layer = &r->bad_layer,
+        .clock = probe && probe->seconds ? &r->clock : NULL, .wanted = r->kept.wanted, .unread = -1,
+        .bad_layer = &r->bad_layer,
     };
     *out = r;
     return DSV4_OK;
@@ -412,6 +414,9 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
         r->probe->seconds[i] = (float)r->clock.seconds[i];
     if (r->cancelled) {
         status = dsv4_fail(err, DSV4_E_CANCELLED, "the step was cancelled; every session is as it was");
+    } else if (r->pass.unread >= 0) {
+        status = dsv4_fail(err, DSV4_E_IO, "layers.%d.ffn.experts.%d: its file could not be read; every session is as it "
+                           "was", r->pass.unread_layer, r->pass.unread);
     } else if (atomic_load(&r->bad_layer) != INT_MAX) {
         int layer = find_bad_layer(r);
         char where[32] = "the head";

@@ -5,6 +5,7 @@
 
 #include "core/arena.h"
 #include "gen/kvcache.h"
+#include "model/experts.h"
 #include "model/model.h"
 #include "model/pass.h"
 
@@ -158,7 +159,14 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
     DSV4_TRY(dsv4_shards_open(m->shards, shards, n_shard, m->options.use_mmap, err));
     m->n_shard = n_shard;
     DSV4_TRY(dsv4_bind_weights(m, err));
+    int from_disk = m->options.use_mmap && m->options.expert_bytes;
+    if (from_disk)
+        DSV4_TRY(dsv4_resident_begin(m, err));
     DSV4_TRY(dsv4_scan_weights(m, err));
+    if (from_disk) {
+        DSV4_TRY(dsv4_experts_create(&m->cache, m, shards, m->options.expert_bytes, err));
+        DSV4_TRY(dsv4_resident_finish(m, shards, err));
+    }
     DSV4_TRY(dsv4_kv_layout(m, err));
     return dsv4_workspace_create(&m->workspace, m, err);
 }
@@ -189,6 +197,7 @@ void dsv4_model_destroy(dsv4_model *m) {
     dsv4_run_free(atomic_load(&m->spare));
     dsv4_workspace_destroy(m->workspace);
     dsv4_team_destroy(m->team);
+    dsv4_experts_destroy(m->cache);
     if (m->shards)
         dsv4_shards_close(m->shards, m->n_shard, m->options.use_mmap);
     free(m->shards);
@@ -207,6 +216,12 @@ int32_t dsv4_model_threads(const dsv4_model *m) {
 
 int32_t dsv4_model_chunk(const dsv4_model *m) {
     return m->options.chunk_tok;
+}
+
+void dsv4_model_experts(const dsv4_model *m, struct dsv4_expert_counts *out) {
+    *out = (struct dsv4_expert_counts){0};
+    if (m->cache)
+        dsv4_experts_count(m->cache, out);
 }
 
 int32_t dsv4_kernel_count(void) {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A loaded model: configuration, kernel table, thread team, and every weight of the main layers bound to a field.
- * Immutable after load.  Shapes in comments; d = hidden_size, H = heads, D = head_dim, E = experts, I = expert width.
+ * Immutable after load, but for where routed experts lie when they come from disk.  Shapes in comments; d = hidden_size, H = heads, D = head_dim, E = experts, I = expert width.
  */
 #ifndef DSV4_MODEL_H
 #define DSV4_MODEL_H
@@ -86,6 +86,7 @@ struct dsv4_model {
     size_t state_bytes;
     struct dsv4_workspace *workspace; /* owned; used by the running step alone */
     _Atomic(dsv4_run *) spare; /* owned: the buffers of the last step, for the next */
+    struct dsv4_expert_cache *cache; /* owned; NULL unless routed experts come from disk (model/experts.h) */
     atomic_int references;
 };
 

@@ -3,6 +3,7 @@
  * The mixture of experts (SPEC 4): router, rows grouped by expert, up and gate, SwiGLU, down, sum.  The shared expert is
  * one more expert, the last, that takes every token.
  */
+#include "model/experts.h"
 #include "model/pass.h"
 
 static void hash_ids(const struct dsv4_layer *l, int32_t token, int32_t top_k, int32_t *out) {
@@ -170,7 +171,13 @@ int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
         return 1;
     if (w->id == 0 || p->n_tok == 1)
         group_rows(p, dsv4_prepared(w, p));
-    DSV4_SYNC_TOKENS(w, p);
+    if (p->m->cache) {
+        if (w->id == 0)
+            dsv4_experts_fetch(w, p, layer);
+        DSV4_SYNC(w, p);
+    } else {
+        DSV4_SYNC_TOKENS(w, p);
+    }
     if (up(w, p, l))
         return 1;
     down(w, p, l);

@@ -103,6 +103,7 @@ struct dsv4_pass {
     struct dsv4_clock *clock;        /* or NULL */
     struct dsv4_wanted *wanted;
     int32_t n_wanted;
+    int32_t unread, unread_layer;    /* an expert that could not be read from disk, or -1; worker 0 */
     atomic_int *bad_layer;           /* lowest layer with a non-finite stream; the layer count for the head; INT_MAX */
     int diagnose;                    /* look at the streams after every layer */
 };

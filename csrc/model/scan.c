@@ -7,9 +7,13 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "model/experts.h"
 #include "model/model.h"
 
+enum { READ_AHEAD = 16 }; /* weights */
+
 struct scan {
+    int ahead;                    /* the kernel does not read ahead by itself (resident.c) */
     struct dsv4_weight **weights; /* owned */
     int64_t n, capacity;
     atomic_llong first_bad;       /* index of a weight with a bad scale, n if none */
@@ -85,10 +89,13 @@ static int scan_weight(struct dsv4_weight *w, int64_t n) {
 
 static void scan_job(dsv4_worker *w, void *ctx) {
     struct scan *s = ctx;
-    int64_t lo, hi;
+    int64_t lo, hi, asked;
     dsv4_share(w, s->n, 1, &lo, &hi);
+    asked = s->ahead ? lo : hi;
     for (int64_t i = lo; i < hi && !dsv4_cancelled(w); i++) {
         int64_t n = scale_count(s->weights[i]);
+        for (; asked < hi && asked < i + READ_AHEAD; asked++)
+            dsv4_resident_ask(s->weights[asked]->scale, (size_t)scale_count(s->weights[asked]));
         if (!scan_weight(s->weights[i], n)) {
             long long seen = atomic_load(&s->first_bad);
             while (i < seen && !atomic_compare_exchange_weak(&s->first_bad, &seen, i))
@@ -131,7 +138,7 @@ static dsv4_status run_scan(dsv4_model *m, struct scan *s, dsv4_error *err) {
 }
 
 dsv4_status dsv4_scan_weights(dsv4_model *m, dsv4_error *err) {
-    struct scan s = {0};
+    struct scan s = {.ahead = m->options.use_mmap && m->options.expert_bytes};
     dsv4_status status = collect(&s, m) ? dsv4_fail(err, DSV4_E_MEMORY, "no memory for the list of scales")
                                         : run_scan(m, &s, err);
     free(s.weights);

@@ -77,9 +77,10 @@ static const struct field config_fields[] = {
 };
 
 static const struct field option_fields[] = {
-#define FIELD(name) {#name, offsetof(struct dsv4_options, name), FIELD_I32}
-    FIELD(numerics), FIELD(april_kv),  FIELD(april_shared),
-    FIELD(n_thread), FIELD(chunk_tok), FIELD(use_mmap),
+#define FIELD(name, type) {#name, offsetof(struct dsv4_options, name), type}
+    FIELD(numerics, FIELD_I32),     FIELD(april_kv, FIELD_I32),  FIELD(april_shared, FIELD_I32),
+    FIELD(n_thread, FIELD_I32),     FIELD(chunk_tok, FIELD_I32), FIELD(use_mmap, FIELD_I32),
+    FIELD(expert_bytes, FIELD_U64),
 #undef FIELD
 };
 
@@ -341,6 +342,18 @@ static PyObject *model_int(ModelObject *self, void *closure) {
     return PyLong_FromLong(closure ? dsv4_model_chunk(model) : dsv4_model_threads(model));
 }
 
+static PyObject *model_experts(ModelObject *self, void *Py_UNUSED(closure)) {
+    PyObject *handle = open_handle(state_of(Py_TYPE(self)), self);
+    if (!handle)
+        return NULL;
+    struct dsv4_expert_counts n;
+    dsv4_model_experts(handle_of(handle)->model, &n);
+    return Py_BuildValue("{s:i,s:K,s:K,s:K,s:K,s:K}", "slots", (int)n.slots, "slot_bytes",
+                         (unsigned long long)n.slot_bytes, "kept", (unsigned long long)n.kept,
+                         "read", (unsigned long long)n.read, "mapped", (unsigned long long)n.mapped,
+                         "bytes", (unsigned long long)n.bytes);
+}
+
 static PyObject *model_closed(ModelObject *self, void *Py_UNUSED(closure)) {
     return PyBool_FromLong(self->handle == NULL);
 }
@@ -374,6 +387,8 @@ static PyGetSetDef model_getset[] = {
      NULL},
     {"chunk", (getter)(void (*)(void))model_int, NULL, PyDoc_STR("int: most tokens per pass."),
      &model_getset},
+    {"experts", (getter)(void (*)(void))model_experts, NULL,
+     PyDoc_STR("dict: struct dsv4_expert_counts."), NULL},
     {"closed", (getter)(void (*)(void))model_closed, NULL, PyDoc_STR("bool: close() was called."),
      NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -177,13 +177,21 @@ static int temporary(const struct file *f) {
     return fd;
 }
 
-static dsv4_status load(dsv4_model **m, const struct file *f, int threads, int chunk, int use_mmap, dsv4_error *err) {
+static dsv4_status load_with(dsv4_model **m, const struct file *f, const struct dsv4_options *options, int *keep,
+                             dsv4_error *err) {
     int fd = temporary(f);
     struct dsv4_shard_desc shard = {"shard", fd, f->size};
-    struct dsv4_options options = {.n_thread = threads, .chunk_tok = chunk, .use_mmap = use_mmap};
-    dsv4_status status = dsv4_model_create(m, &CONFIG, &shard, 1, f->tensors, f->n, &options, err);
-    close(fd);
+    dsv4_status status = dsv4_model_create(m, &CONFIG, &shard, 1, f->tensors, f->n, options, err);
+    if (keep)
+        *keep = fd;
+    else
+        close(fd);
     return status;
+}
+
+static dsv4_status load(dsv4_model **m, const struct file *f, int threads, int chunk, int use_mmap, dsv4_error *err) {
+    struct dsv4_options options = {.n_thread = threads, .chunk_tok = chunk, .use_mmap = use_mmap};
+    return load_with(m, f, &options, NULL, err);
 }
 
 static dsv4_status step(dsv4_model *m, struct dsv4_segment *segments, int n, dsv4_error *err) {
@@ -337,6 +345,63 @@ static void check_nonfinite(struct file *f, const int32_t *ids) {
     dsv4_model_destroy(m);
 }
 
+/* Routed experts from disk, room for some, for all, for too few: the same bits; the counts add up. */
+static void check_from_disk(const struct file *f, const int32_t *ids, const float *want, float *got) {
+    struct dsv4_options options = {.n_thread = 2, .chunk_tok = 13, .use_mmap = 1, .expert_bytes = 1};
+    struct dsv4_expert_counts n;
+    dsv4_model *m;
+    dsv4_error err;
+    check_true(load_with(&m, f, &options, NULL, &err) == DSV4_E_MEMORY, "room for no expert is refused");
+    static const int SLOTS[] = {12, 2, 3, 7};
+    for (int i = 0; i < 4; i++) {
+        options.expert_bytes = i ? n.slot_bytes * (uint64_t)SLOTS[i] + n.slot_bytes / 2 : 1 << 20;
+        check_true(load_with(&m, f, &options, NULL, &err) == DSV4_OK, "load: %s", err.message);
+        dsv4_model_experts(m, &n);
+        check_true(n.slots == SLOTS[i], "got %d slots, wanted %d", n.slots, SLOTS[i]);
+        run_prompt(m, ids, 1, got);
+        same("experts from disk, token by token", got, want, (size_t)PROMPT * VOCAB);
+        dsv4_model_experts(m, &n);
+        check_true(n.kept + n.read == (uint64_t)PROMPT * 3 * 2 && !n.mapped && n.read >= 4, "kept %llu, read %llu, mapped "
+                   "%llu", (unsigned long long)n.kept, (unsigned long long)n.read, (unsigned long long)n.mapped);
+        check_true(n.bytes >= n.read * 24480 && n.bytes <= n.read * n.slot_bytes, "%llu bytes for %llu experts",
+                   (unsigned long long)n.bytes, (unsigned long long)n.read);
+        check_true(n.slots < 12 || n.read <= 12, "every expert is read once when all fit");
+        run_prompt(m, ids, PROMPT, got);
+        same("experts from disk, whole prompt", got, want, (size_t)PROMPT * VOCAB);
+        check_neighbours(m, ids, want);
+        check_atomic(m, ids, want);
+        dsv4_model_destroy(m);
+    }
+}
+
+/* The file shrinks under a loaded model: the step fails, names an expert, and leaves its session as it was. */
+static void check_shrunk(const struct file *f, const int32_t *ids) {
+    struct dsv4_options options = {.n_thread = 2, .use_mmap = 1, .expert_bytes = 1 << 20};
+    dsv4_model *m;
+    dsv4_error err;
+    int fd;
+    check_true(load_with(&m, f, &options, &fd, &err) == DSV4_OK, "load");
+    uint64_t first = f->size;
+    for (int32_t i = 0; i < f->n; i++)
+        if (strstr(f->names[i], "layers.2.ffn.experts.") && f->tensors[i].offset < first)
+            first = f->tensors[i].offset;
+    dsv4_session *s = session(m);
+    struct dsv4_segment seg = {s, ids, NULL, NULL, NULL, 1, DSV4_LOGITS_NONE};
+    uint8_t *kept = malloc(f->size - first);
+    check_true(kept && pread(fd, kept, f->size - first, (off_t)first) == (ssize_t)(f->size - first), "reading");
+    check_true(ftruncate(fd, (off_t)first) == 0, "truncate");
+    dsv4_status status = step(m, &seg, 1, &err);
+    check_true(status == DSV4_E_IO && strstr(err.message, "layers.2.ffn.experts."), "a short file fails the step: %s",
+               status == DSV4_OK ? "it did not" : err.message);
+    check_true(dsv4_session_position(s) == 0, "nothing was appended");
+    check_true(pwrite(fd, kept, f->size - first, (off_t)first) == (ssize_t)(f->size - first), "writing");
+    check_true(step(m, &seg, 1, &err) == DSV4_OK, "and works when it is whole again");
+    free(kept);
+    close(fd);
+    dsv4_session_destroy(s);
+    dsv4_model_destroy(m);
+}
+
 void check_engine(void) {
     struct file *f = make_file();
     int32_t ids[64];
@@ -356,6 +421,8 @@ void check_engine(void) {
         check_atomic(m, ids, want);
         dsv4_model_destroy(m);
     }
+    check_from_disk(f, ids, want, got);
+    check_shrunk(f, ids);
     check_refusals(f);
     check_nonfinite(f, ids);
     free(want);

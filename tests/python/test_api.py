@@ -2,6 +2,7 @@
 """Loading, sessions, steps, layers; what they refuse; documentation and signatures."""
 
 import ast
+import dataclasses
 import doctest
 import gc
 import importlib
@@ -180,9 +181,13 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mapped_experts_need_not_fit(
     model: dsv4.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    least = model.plan.total - model.plan.weights["routed experts"]
+    least = dataclasses.replace(model.plan, memory=1).resident
+    assert least < model.plan.total
     monkeypatch.setattr(memory, "available_memory", lambda: least)
-    dsv4.load(threads=1).close()
+    with dsv4.load(threads=1) as small:
+        assert small.plan.resident == least
+        assert small.plan.experts_in_memory == model.config.num_experts_per_tok
+        assert "routed experts; the others are read from disk" in repr(small)
     with pytest.raises(MemoryError):
         dsv4.load(mmap=False, threads=1)
     monkeypatch.setattr(memory, "available_memory", lambda: least - 1)
