@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dsv4`: generate, chat, info, verify; each with --json.
+"""The command `dsv4`: generate, chat, info, verify, bench; each with --json.
 
 Answers and reports go to standard output, everything else to standard error.  Exit codes: 0 done,
 1 failed (one sentence says why), 2 wrong usage, 130 Ctrl-C, 141 the reader of the output went
@@ -139,7 +139,19 @@ def _parser() -> argparse.ArgumentParser:
         "this machine has.  With one: its structure, its scales, its checksums.")
     verify.add_argument("path", nargs="?", metavar="PATH")
     verify.set_defaults(run=_verify)
-    for command in (generate, chat, info, verify):
+
+    bench = commands.add_parser(
+        "bench", help="how fast this machine is, and how fast it could be",
+        description="Measures a synthetic model of the published dimensions, each figure between "
+        "two measurements of its limit.")
+    bench.add_argument("--quick", action="store_true", help="four layers, under 90 seconds")
+    bench.add_argument("--model", default="flash", choices=("flash", "pro"), help="dimensions")
+    bench.add_argument("--experts", type=int, metavar="N", help="a layer; by default what fits")
+    bench.add_argument("--threads", type=int, metavar="N", help="by default one per processor")
+    bench.add_argument("--only", action="append", metavar="NAME", help="this row; may be repeated")
+    bench.add_argument("--plot", metavar="FILE.png", help="bars and a roofline")
+    bench.set_defaults(run=_bench)
+    for command in (generate, chat, info, verify, bench):
         command.add_argument("--json", action="store_true", help="for machines")
     return parser
 
@@ -404,3 +416,24 @@ def _verify(args: argparse.Namespace) -> int:
     report = verify(args.path)
     print(json.dumps(report.as_dict()) if args.json else report)
     return 0 if report.ok else FAILED
+
+
+# ---- bench ----
+
+def _bench(args: argparse.Namespace) -> int:
+    from dsv4 import bench
+    from dsv4.bench import plot
+
+    try:
+        bench.check(args.model, args.quick, args.experts, args.threads, args.only or ())
+    except ValueError as error:
+        raise _Usage(str(error)) from None
+    if args.plot:
+        plot.check()
+    report = bench.run(
+        args.model, quick=args.quick, experts=args.experts, threads=args.threads,
+        only=args.only or ())
+    print(json.dumps(report.as_dict()) if args.json else report)
+    if args.plot:
+        plot.draw(report, args.plot)
+    return 0

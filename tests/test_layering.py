@@ -26,11 +26,12 @@ import build  # noqa: E402
 
 C_FILES = sorted(p for top in ("kernels", "csrc") for p in (ROOT / top).rglob("*.[ch]"))
 HEADERS = [p for p in C_FILES if p.suffix == ".h"]
-MODULES = sorted((ROOT / "dsv4").glob("*.py"))
+MODULES = sorted((ROOT / "dsv4").rglob("*.py"))
 INSTRUCTION_SETS = {"avx2", "avx512", "avx512vnni", "avx512bf16"}
 
 # what the engine may use of the kernels, wherever it lies in the engine
-TABLE = {"kernels/kernels.h", "kernels/types.h", "kernels/functions.h", "kernels/cpu/dispatch.h"}
+TABLE = {"kernels/kernels.h", "kernels/types.h", "kernels/functions.h", "kernels/cpu/dispatch.h",
+         "kernels/machine_limits.h"}
 # folder, or file -> folders and files it may include; files have the first word.  Values of model/
 # live in gen/ (a layer reads and writes KV rows), and sessions in gen/ are made for a model.
 MAY_INCLUDE = {
@@ -47,9 +48,12 @@ MAY_INCLUDE = {
     "csrc/python": {"csrc/python", "csrc/dsv4.h"},
     # the test door: calls single entries of the kernel table
     "csrc/python/py_kernels.c": {"csrc/python", *TABLE},
+    # the measuring door: times them on a team of its own
+    "csrc/python/py_limits.c": {"csrc/python", "csrc/backend", *TABLE},
     "kernels": {"kernels/types.h", "kernels/kernels.h"},
     "kernels/cpu": {*TABLE, "kernels/cpu/"},
     "kernels/cpu/ref": {*TABLE, "kernels/cpu/ref"},
+    "kernels/cpu/ref/limits.c": {*TABLE, "kernels/cpu/limits_read.h"},
     # an overlay may share templates of kernels/cpu, helpers of ref, and weaker sets it builds on
     "kernels/cpu/avx2": {*TABLE, "kernels/cpu/", "kernels/cpu/ref", "kernels/cpu/avx2"},
     "kernels/cpu/avx512": {*TABLE, "kernels/cpu/", "kernels/cpu/ref", "kernels/cpu/avx2",
@@ -186,7 +190,8 @@ def imports(tree):
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_python_needs_numpy_and_tokenizers_alone(path):
-    """huggingface_hub and tqdm come with tokenizers and are imported only when they are used."""
+    """huggingface_hub and tqdm come with tokenizers and are imported only when they are used; so is
+    matplotlib, an extra, by the one file that draws."""
     tree = ast.parse(path.read_text())
     lazy = set()
     for node in ast.walk(tree):
@@ -197,4 +202,5 @@ def test_python_needs_numpy_and_tokenizers_alone(path):
         first = module.partition(".")[0]
         allowed = first in known or (first == "tokenizers" and path.name == "tokenizer.py")
         allowed |= first in {"huggingface_hub", "tqdm"} and module in lazy
+        allowed |= first == "matplotlib" and module in lazy and path.name == "plot.py"
         assert allowed, f"{name(path)} imports {module}"

@@ -17,7 +17,7 @@ static int module_exec(PyObject *module) {
         PyErr_SetString(PyExc_ImportError, "dsv4 does not work in subinterpreters");
         return -1;
     }
-    if (convert_init() < 0 || dsv4_py_add_kernels(module) < 0 ||
+    if (convert_init() < 0 || dsv4_py_add_kernels(module) < 0 || dsv4_py_add_limits(module) < 0 ||
         add_type(module, &state->model_type, &model_spec) < 0 ||
         add_type(module, &state->session_type, &session_spec) < 0 ||
         add_type(module, &state->sampler_type, &sampler_spec) < 0)

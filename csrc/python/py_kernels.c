@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The test door: which variants of each kernel this machine has, with their addresses, so that
- * tests and benchmarks call them through ctypes.  The one place of the bindings that includes a
- * kernel header.
+ * tests and benchmarks call them through ctypes.  With py_limits.c the one place of the bindings
+ * that includes kernel headers.
  */
 #include "py_kernels.h"
 
@@ -31,7 +31,7 @@ done:
     return joined;
 }
 
-static void raise_unknown_set(const char *unknown) {
+void raise_unknown_set(const char *unknown) {
     PyObject *known = known_sets();
     PyObject *name = PyUnicode_DecodeUTF8(unknown, (Py_ssize_t)strcspn(unknown, ","), "replace");
     if (known && name)

@@ -42,10 +42,14 @@ static int find_set(const char *name, size_t length) {
     return -1;
 }
 
-/* The sets a variant needs: its name up to a slash; none for "ref". */
-static unsigned variant_needs(const struct dsv4_variant *v) {
-    int set = find_set(v->name, strcspn(v->name, "/"));
+/* The sets that a name needs, up to a slash; none for "ref". */
+static unsigned name_needs(const char *name) {
+    int set = find_set(name, strcspn(name, "/"));
     return set < 0 ? 0 : set_needs[set];
+}
+
+static unsigned variant_needs(const struct dsv4_variant *v) {
+    return name_needs(v->name);
 }
 
 int dsv4k_cpu_has(const char *set) {
@@ -154,6 +158,21 @@ static const char *disabled_sets(const char *disable, unsigned *sets) {
                 *sets |= set_bit[i];
         p += length + (p[length] == ',');
     }
+    return NULL;
+}
+
+const char *dsv4k_cpu_limits(const struct dsv4_limit **out, int *n, int capacity,
+                             const char *disable) {
+    unsigned disabled, sets;
+    const char *unknown = disabled_sets(disable, &disabled);
+    if (unknown)
+        return unknown;
+    sets = usable_sets() & ~disabled;
+    *n = 0;
+    for (const struct dsv4_limit *const *list = dsv4k_limits; *list; list++)
+        for (const struct dsv4_limit *limit = *list; limit->name && *n < capacity; limit++)
+            if ((name_needs(limit->set) & ~sets) == 0)
+                out[(*n)++] = limit;
     return NULL;
 }
 

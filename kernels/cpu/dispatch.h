@@ -8,6 +8,7 @@
 #define DSV4_CPU_DISPATCH_H
 
 #include "kernels.h"
+#include "machine_limits.h"
 
 /* Instruction sets by name, weakest first: "avx2", "avx512", "avx512vnni", "avx512bf16" on x86-64.  NULL-terminated. */
 extern const char *const dsv4k_cpu_set_names[];
@@ -26,6 +27,12 @@ int dsv4k_cpu_variants(enum dsv4_op op, const struct dsv4_variant **out, int cap
  */
 const char *dsv4k_cpu_init(struct dsv4_kernels *table, const struct dsv4_variant *chosen[DSV4_OP_COUNT],
                            const char *disable);
+
+/*
+ * The walks and peaks this CPU can run, weakest set first, without the sets of `disable` (as for dsv4k_cpu_init, and so
+ * is what is returned); *n of them, at most `capacity`.
+ */
+const char *dsv4k_cpu_limits(const struct dsv4_limit **out, int *n, int capacity, const char *disable);
 
 /* The name of an operation, as in DSV4_KERNEL_OPS. */
 const char *dsv4k_op_name(enum dsv4_op op);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The lists of variants, one line X(set, family) for each file kernels/cpu/<set>/<family>*.c, which
- * defines dsv4k_<set>_<family>[].  The build leaves out the folders the compiler or the processor
- * cannot do.
+ * defines dsv4k_<set>_<family>[], and those of limits.  The build leaves out the folders the
+ * compiler or the processor cannot do.
  */
 #include "cpu/registry.h"
 
@@ -77,4 +77,29 @@ const struct dsv4_variant *const dsv4k_registry[] = {
     ALL_LISTS(X)
 #undef X
         NULL,
+};
+
+#define LIMITS(set) extern const struct dsv4_limit dsv4k_##set##_limits[];
+LIMITS(ref)
+LIMITS(avx2)
+LIMITS(avx512)
+LIMITS(avx512vnni)
+LIMITS(avx512bf16)
+#undef LIMITS
+
+const struct dsv4_limit *const dsv4k_limits[] = {
+    dsv4k_ref_limits,
+#if defined(DSV4_HAVE_AVX2)
+    dsv4k_avx2_limits,
+#endif
+#if defined(DSV4_HAVE_AVX512)
+    dsv4k_avx512_limits,
+#endif
+#if defined(DSV4_HAVE_AVX512VNNI)
+    dsv4k_avx512vnni_limits,
+#endif
+#if defined(DSV4_HAVE_AVX512BF16)
+    dsv4k_avx512bf16_limits,
+#endif
+    NULL,
 };

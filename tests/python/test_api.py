@@ -22,7 +22,7 @@ from dsv4.loading import _thread_count
 from dsv4.model import from_bf16, to_bf16
 
 MODULES = [
-    name for _, name, _ in pkgutil.iter_modules(dsv4.__path__, "dsv4.")
+    name for _, name, _ in pkgutil.walk_packages(dsv4.__path__, "dsv4.")
     if not name.endswith(("__main__", "_core"))
 ]
 
@@ -94,7 +94,7 @@ def core_signatures() -> dict[str, list[str]]:
                 if callable(member):
                     parameters = [p for p in inspect.signature(member).parameters if p != "self"]
                 found[f"{name}.{key}"] = parameters
-        else:
+        elif callable(value):
             found[name] = list(inspect.signature(value).parameters)
     return found
 

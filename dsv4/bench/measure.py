@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times beside their limits: each measurement stands between two of its limit, seconds apart.
+
+The better of the two limits counts; a row gives the medians of value, limit and ratio over all
+pairs.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsv4 import _core
+from dsv4.bench import count, synthetic
+from dsv4.bench.limits import Limits, Rates
+from dsv4.checkpoint import Checkpoint, TensorInfo
+from dsv4.model import Model, Session
+
+LONG_ROW_SECONDS = 60.0  # after which a row stops at the least number of pairs
+LEAST_PAIRS = 3
+PROBED_LAYERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One result.  `limit` and `ratio` are None where this machine has no such limit.
+
+    ratio is value / limit; `peer` is what another engine reached, where that was measured.
+    """
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None
+    ratio: float | None
+    peer: float | None = None
+    peer_ratio: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Pair(NamedTuple):
+    """Seconds measured, and seconds at the limits around them (None: there is no such limit)."""
+
+    seconds: float
+    ideal: float | None
+
+
+def row(name: str, amount: float, unit: str, pairs: Sequence[Pair]) -> Row:
+    """Medians of amount a second.
+
+    Examples
+    --------
+    >>> row("read", 3.0, "GB/s", [Pair(1.0, 0.5), Pair(2.0, 0.5), Pair(1.0, 0.75)])
+    Row(name='read', value=3.0, unit='GB/s', limit=6.0, ratio=0.5, peer=None, peer_ratio=None)
+    """
+    value = median(amount / p.seconds for p in pairs)
+    ideals = [p.ideal for p in pairs if p.ideal is not None]
+    if len(ideals) < len(pairs):
+        return Row(name, value, unit, None, None)
+    limit = median(amount / ideal for ideal in ideals)
+    return Row(name, value, unit, limit, median(
+        ideal / p.seconds for p, ideal in zip(pairs, ideals, strict=True)))
+
+
+class Bench:
+    """What the measurements share: the model, its limits, how often, and random ids.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Made by `synthetic.build`.
+    model : Model
+        Of it.
+    disable : str or None
+        Instruction sets it does not use.
+    repeats : int
+        Pairs of each row.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: Model, disable: str | None, repeats: int
+    ) -> None:
+        self.checkpoint, self.model = checkpoint, model
+        self.disable, self.repeats = disable, repeats
+        self.config = checkpoint.config
+        self.threads = model.threads
+        self.tensors = list(checkpoint.tensors.values())
+        self.rng = np.random.default_rng(11)
+        self.kept: list[Any] = []  # arrays whose memory the limits read
+        self.limits = Limits(self._pieces(), disable)
+        self.models: dict[str, tuple[Checkpoint, Model]] = {}
+        self.touched: dict[int, float] = {}
+        self.work: dict[str, dict[str, float]] = {}
+        for _ in self.limits.pieces:  # every page is mapped before anything is timed
+            self.limits.read(self.threads)
+
+    def close(self) -> None:
+        for _, model in self.models.values():
+            model.close()
+        self.models.clear()
+
+    def note(self, name: str, operations: float, nbytes: float, amount: float) -> None:
+        """What one run of a row does, for the roofline: `amount` is in the row's unit x seconds."""
+        self.work[name] = {"operations": operations, "bytes": nbytes, "amount": amount}
+
+    # ---- memory ----
+
+    def address(self, name: str) -> int:
+        """Where a tensor lies in this process."""
+        view = self.model._core.tensor(name)
+        return int(view.ctypes.data)
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        """The mapped files of all layers."""
+        pieces = []
+        for i, shard in enumerate(self.checkpoint.shards[1:], 1):
+            first = next(info for info in self.tensors if info.shard == i)
+            self.kept.append(self.model._core.tensor(first.name))
+            pieces.append((self.address(first.name) - first.offset, shard.size))
+        return pieces
+
+    # ---- pairs ----
+
+    def pairs(
+        self, run: Callable[[], float], ideal: Callable[[Rates], float | None],
+        needs: Sequence[str], threads: int | None = None,
+    ) -> list[Pair]:
+        """Measurements with limits before and after each.
+
+        Parameters
+        ----------
+        run : function
+            Does it once; seconds.
+        ideal : function of Rates
+            Seconds it would take at these rates.
+        needs : sequence of str
+            The rates that `ideal` uses.
+        threads : int, optional
+            With which the limits are measured; those of the model by default.
+        """
+        threads = self.threads if threads is None else threads
+        found: list[Pair] = []
+        began = time.perf_counter()
+        for _ in range(self.repeats):
+            before = self.limits.measure(threads, needs)
+            seconds = run()
+            rates = before.best(self.limits.measure(threads, needs))
+            found.append(Pair(seconds, ideal(rates)))
+            late = time.perf_counter() - began > LONG_ROW_SECONDS
+            if late and len(found) >= min(LEAST_PAIRS, self.repeats):
+                break
+        return found
+
+    # ---- steps ----
+
+    def ids(self, n: int) -> Any:
+        """Random token ids that have embedding rows."""
+        high = min(self.config.vocab_size, synthetic.USED_IDS)
+        return self.rng.integers(0, high, n).astype(np.int32)
+
+    @contextmanager
+    def sessions(self, n: int, position: int, model: Model | None = None) -> Iterator[
+            list[Session]]:
+        """Sessions that stand at a position, closed at the end."""
+        made = [(model or self.model).session() for _ in range(n)]
+        try:
+            for i, session in enumerate(made):
+                session._fill(position, i)
+            yield made
+        finally:
+            for session in made:
+                session.close()
+
+    def phases(self, session: Session) -> dict[str, float]:
+        """Seconds of one step of one token, by what its first thread did."""
+        probe: dict[str, Any] = {"layer": -1, "seconds": None}
+        self.model._core.step([(session._core, self.ids(1), 1, None)], probe)
+        return dict(zip(_core.PHASES, probe["seconds"].tolist(), strict=True))
+
+    def step(self, sessions: Sequence[Session], n: int, logits: int = 1) -> float:
+        """Seconds of one step that appends n random ids to each session."""
+        ids = [self.ids(n) for _ in sessions]
+        segments = [(s._core, i, logits, None) for s, i in zip(sessions, ids, strict=True)]
+        core = sessions[0].model._core
+        began = time.perf_counter()
+        core.step(segments, None)
+        return time.perf_counter() - began
+
+    def experts(self, n_tok: int) -> float:
+        """Distinct experts a layer reads in a step of so many tokens, each of its own session.
+
+        What the router chose, averaged over up to eight layers.
+        """
+        if n_tok == 1:
+            return float(self.config.num_experts_per_tok)
+        if n_tok not in self.touched:
+            layers = range(self.config.num_hidden_layers)
+            some = layers[:: -(-len(layers) // PROBED_LAYERS)]
+            seen = []
+            with self.sessions(n_tok, 0) as sessions:
+                for layer in some:
+                    probe: dict[str, Any] = {"layer": layer, "experts": None}
+                    segments = [(s._core, self.ids(1), 0, None) for s in sessions]
+                    self.model._core.step(segments, probe)
+                    seen.append(len(np.unique(probe["experts"])))
+            self.touched[n_tok] = sum(seen) / len(seen)
+        return self.touched[n_tok]
+
+    def decode_bytes(self, position: int, batch: int = 1) -> dict[str, int]:
+        """Bytes that one step reads, by class."""
+        found = count.weight_bytes(self.tensors, self.config, position, self.experts(batch))
+        for kind, n in count.state_bytes(self.config, position).items():
+            found[kind] = n * batch
+        return found
+
+    def decode_work(self, position: int, batch: int = 1) -> tuple[float, count.Work]:
+        """Operations of one step, each sequence with logits: linear layers, and the rest."""
+        weights = count.weights_per_token(self.tensors, self.config)
+        index = weights.scores * count.scored(self.config, position)
+        work = count.attention_work(self.config, position, 1)
+        return (2.0 * batch * (weights.layers + index + weights.head),
+                count.Work(batch * work.dot, batch * work.byte))
+
+    def layer_tensors(self, layer: int) -> list[TensorInfo]:
+        return count.layer_tensors(self.checkpoint.tensors, layer)
