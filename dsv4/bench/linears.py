@@ -25,7 +25,7 @@ MOST_POOL = 2 << 30
 class Matrix(NamedTuple):
     """A weight where it lies."""
 
-    format: str
+    format: int  # enum dsv4_weight_format
     data: int
     scale: int
     rows: int
@@ -47,7 +47,7 @@ def matrices(
         scale = address(scaled) if fmt != "bf16" else 0
         rows, cols = info.shape[0], info.shape[1] * (2 if fmt == "fp4" else 1)
         nbytes = info.nbytes + sizes.get(scaled, 0)
-        found.append(Matrix(fmt, address(info.name), scale, rows, cols, nbytes))
+        found.append(Matrix(FORMATS[fmt], address(info.name), scale, rows, cols, nbytes))
     return found
 
 
@@ -87,7 +87,7 @@ class Sweep:
     Examples
     --------
     >>> w = np.full((64, 256), 0x3F80, np.uint16)
-    >>> one = Matrix("bf16", w.ctypes.data, 0, 64, 256, w.nbytes)
+    >>> one = Matrix(FORMATS["bf16"], w.ctypes.data, 0, 64, 256, w.nbytes)
     >>> Sweep([one], 1).seconds(kernel("bf16", 1, None), 2) > 0
     True
     """
@@ -104,7 +104,7 @@ class Sweep:
         self.scratch = calls.linear_scratch(cols).nbytes
         self.weights = [
             calls.Weight(
-                m.data, m.scale or None, m.rows, m.cols, FORMATS[m.format], 0,
+                m.data, m.scale or None, m.rows, m.cols, m.format, 0,
                 calls.SCALE_FOLD if m.scale else calls.SCALE_NONE)
             for m in found]
         self.calls = (calls.LinearArgs * len(found))(*(

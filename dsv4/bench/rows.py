@@ -62,7 +62,8 @@ def _linear_few(fmt: str, everyone: bool, disable: str) -> Callable[[Bench, str]
 
 def _pool(bench: Bench, fmt: str, least: int) -> list[linears.Matrix]:
     """Weights of one format, of every layer in turn; the head among those of bf16."""
-    found = [m for m in linears.matrices(bench.tensors, bench.address) if m.format == fmt]
+    code = linears.FORMATS[fmt]
+    found = [m for m in linears.matrices(bench.tensors, bench.address) if m.format == code]
     vocab = bench.config.vocab_size
     if fmt == "bf16":  # the embedding has the head's shape and is no linear layer
         first = bench.address("embed.weight")
@@ -76,8 +77,9 @@ def _linear_many(bench: Bench, name: str) -> Row:
     last = bench.layer_tensors(bench.config.num_hidden_layers - 1)
     matrices = linears.matrices(last, bench.address)
     experts = bench.config.num_experts_per_tok * 3
-    fp4 = [m for m in matrices if m.format == "fp4"][:experts]
-    found = {"fp4": fp4, **{f: [m for m in matrices if m.format == f] for f in ("fp8", "bf16")}}
+    found = {
+        fmt: [m for m in matrices if m.format == code][: experts if fmt == "fp4" else None]
+        for fmt, code in linears.FORMATS.items()}
     sweeps = {f: linears.Sweep(ms, PREFILL_LINEAR) for f, ms in found.items() if ms}
     kernels = {f: linears.kernel(f, PREFILL_LINEAR, bench.disable) for f in sweeps}
     operations = sum(sweep.operations for sweep in sweeps.values())

@@ -6,28 +6,28 @@
 One token: attention of 64 heads (or --heads of them, as a thread of several gets) over FP8 rows in
 GFLOP/s, with the ratio to the better of the f32 multiply-add and the bf16 dot; index scores of 64
 heads in GOP/s, with the ratio to the byte dot; top-512 in microseconds, with its share of the
-scoring.  The shortest of many calls, CPU time of the thread, caches warm.  `--all` shows every
-variant, not only the chosen one.  Needs gcc (limits.c is compiled with -march=native).
+scoring.  The shortest of many calls, caches warm.  `--all` shows every variant, not only the chosen
+one.
 """
 
 import argparse
 import ctypes
 import json
 import sys
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels"), str(ROOT / "tests" / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 
 import door  # noqa: E402
 
-import kernels  # noqa: E402
 from dsv4 import _core  # type: ignore[attr-defined]  # noqa: E402
+from dsv4.bench.limits import EXACT, Limits  # noqa: E402
 
 KEYS_ATTENDED = (128, 640, 2176, 8320)  # SWA, CSA, HCA at 256K and 1M
 KEYS_SCORED = (4096, 32768, 262144)
@@ -49,17 +49,14 @@ class Result:
     ratio: float
 
 
-def limits(folder: Path) -> ctypes.CDLL:
-    """limits.c with the prototypes used here."""
-    library = kernels.compile_limits(folder)
-    for name in ("byte_dot_gops", "call_seconds", "top_k_seconds"):
-        getattr(library, name).restype = ctypes.c_double
-    pointer, int32 = ctypes.c_void_p, ctypes.c_int32
-    library.call_seconds.argtypes = [pointer, pointer, ctypes.c_int]
-    library.top_k_seconds.argtypes = [
-        pointer, pointer, pointer, int32, int32, pointer, ctypes.c_int,
-    ]
-    return library
+def shortest(call: Callable[..., object], arguments: tuple[object, ...], repeats: int) -> float:
+    """Seconds of the shortest of some calls."""
+    best = 1e9
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call(*arguments)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def kv_rows(n: int) -> np.ndarray:
@@ -88,7 +85,7 @@ def shown(op: str, every: bool) -> Iterator[tuple[door.Variant, bool]]:
             yield variant, variant.name == chosen[op]
 
 
-def attention(library: ctypes.CDLL, heads: int, every: bool) -> Iterator[Result]:
+def attention(machine: Limits, heads: int, every: bool) -> Iterator[Result]:
     g = np.random.default_rng(3)
     q = door.bf16_bits(g.standard_normal((heads, D_HEAD), np.float32))
     out, sink = np.empty_like(q), np.zeros(heads, np.float32)
@@ -102,15 +99,16 @@ def attention(library: ctypes.CDLL, heads: int, every: bool) -> Iterator[Result]
             scratch.ctypes.data, n, heads, D_HEAD, D_ROPE, D_HEAD**-0.5, door.KV_FP8,
         )
         for variant, chosen in shown("attention", every):
-            seconds = library.call_seconds(variant.address, ctypes.addressof(args), 200)
-            peak = max(library.fma_gflops(), library.bf16_dot_gflops())
+            call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(variant.address)
+            seconds = shortest(call, (ctypes.addressof(args),), 200)
+            peak = machine.peak(EXACT, 1) / 1e9
             value = 4 * heads * D_HEAD * n / seconds / 1e9
             yield Result(
                 "attention", n, heads, variant.name, chosen, value, "GFLOP/s", value / peak
             )
 
 
-def indexer(library: ctypes.CDLL, heads: int, every: bool) -> Iterator[Result]:
+def indexer(machine: Limits, heads: int, every: bool) -> Iterator[Result]:
     q = index_rows(heads)
     weights = door.bf16_bits(np.random.default_rng(4).standard_normal(heads, np.float32))
     scratch = door.aligned(64 * (heads + 64) * (D_INDEX // 32 * 9 + 8))
@@ -123,17 +121,18 @@ def indexer(library: ctypes.CDLL, heads: int, every: bool) -> Iterator[Result]:
         scoring = 0.0
         for variant, chosen in shown("index_scores", every):
             repeats = max(5, (1 << 21) // n)
-            seconds = library.call_seconds(variant.address, ctypes.addressof(args), repeats)
+            call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(variant.address)
+            seconds = shortest(call, (ctypes.addressof(args),), repeats)
             value = 2 * n * heads * D_INDEX / seconds / 1e9
-            ratio = value / library.byte_dot_gops()
+            ratio = value / (machine.peak(["byte dot"], 1) / 1e9)
             scoring = seconds if chosen else scoring
             yield Result("index scores", n, heads, variant.name, chosen, value, "GOP/s", ratio)
         ids, room = np.empty(BEST, np.int32), door.aligned(4 * n + 16384)
         for variant, chosen in shown("top_k", every):
-            seconds = library.top_k_seconds(
-                variant.address, ids.ctypes.data, scores.ctypes.data, n, BEST,
-                room.ctypes.data, 200,
-            )
+            pointer, int32 = ctypes.c_void_p, ctypes.c_int32
+            kind = ctypes.CFUNCTYPE(int32, pointer, pointer, int32, int32, pointer)
+            arguments = ids.ctypes.data, scores.ctypes.data, n, BEST, room.ctypes.data
+            seconds = shortest(kind(variant.address), arguments, 200)
             yield Result(
                 "top-512", n, heads, variant.name, chosen, seconds * 1e6, "us", seconds / scoring
             )
@@ -147,23 +146,21 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=HEADS, help="in one call (default 64)")
     options = parser.parse_args()
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        library = limits(Path(folder))
-        for name, bench in (("attention", attention), ("indexer", indexer)):
-            if options.only not in (None, name):
-                continue
-            for r in bench(library, options.heads, options.all):
-                results.append(r)
-                print(
-                    f"{r.what:12} {r.keys:6} keys {r.heads:3} heads {r.variant:11}"
-                    f"{'*' if r.chosen else ' '} {r.value:8.1f} {r.unit:8} {r.ratio:6.3f}",
-                    file=sys.stderr if options.json else sys.stdout,
-                )
-        peaks = {
-            "fma_gflop_s": library.fma_gflops(),
-            "bf16_dot_gflop_s": library.bf16_dot_gflops(),
-            "byte_dot_gop_s": library.byte_dot_gops(),
-        }
+    machine = Limits([])
+    for name, bench in (("attention", attention), ("indexer", indexer)):
+        if options.only not in (None, name):
+            continue
+        for r in bench(machine, options.heads, options.all):
+            results.append(r)
+            print(
+                f"{r.what:12} {r.keys:6} keys {r.heads:3} heads {r.variant:11}"
+                f"{'*' if r.chosen else ' '} {r.value:8.1f} {r.unit:8} {r.ratio:6.3f}",
+                file=sys.stderr if options.json else sys.stdout,
+            )
+    peaks = {
+        f"{kind.replace(' ', '_')}_g_s": machine.peak([kind], 1) / 1e9
+        for kind in (*EXACT, "byte dot")
+    }
     if options.json:
         print(json.dumps({"peaks": peaks, "results": [asdict(r) for r in results]}, indent=1))
     else:

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers against the limits of this machine, in one process and one thread.
 
-    python tests/bench/kernels.py [--json] [--all] [--only fp8] [--seconds 2]
+    python tests/bench/kernels.py [--json] [--all] [--only fp8] [--threads 2] [--seconds 2]
 
 Prints each layer of V4-Flash: one token in GB/s of weights, 4 and 512 tokens in GFLOP/s, with the
 ratio to the stream-read limit or to the best exact instruction (both measured before and after the
-line, the better counts), then the limits and the two gates.  Times are CPU time of the thread, so
-that a busy machine disturbs less.  `--all` shows every variant, not only the chosen one.  Needs gcc
-(limits.c is compiled with -march=native).
+line, the better counts), then the limits and the two gates.  Times are wall times of a whole pass
+over the pool, the median.  `--all` shows every variant, not only the chosen one.
 """
 
 import argparse
-import ctypes
 import json
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,6 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 import door  # noqa: E402
 
 from dsv4 import _core  # type: ignore[attr-defined]  # noqa: E402
+from dsv4.bench import linears  # noqa: E402
+from dsv4.bench.limits import EXACT, Limits, last_level_cache  # noqa: E402
 
 SHAPES = [  # format, name, rows, cols: V4-Flash, SPEC 6.2
     ("fp8", "wq_a", 1024, 4096),
@@ -43,7 +41,10 @@ SHAPES = [  # format, name, rows, cols: V4-Flash, SPEC 6.2
     ("f32", "hc fn", 24, 16384),
 ]
 BITS = {"fp8": 8, "fp4": 4, "bf16": 16, "f32": 32}
-FEW_CHUNK, MANY_CHUNK, MANY_TOKENS = 256, 128, 512
+FORMATS = {"fp8": door.W_FP8, "fp4": door.W_FP4, "bf16": door.W_BF16, "f32": door.W_F32}
+MANY_TOKENS = 512
+MANY_BYTES = 24 << 20  # of the pool multiplied with 512 tokens in one pass
+PIECE = 64 << 20
 GATE_FEW, GATE_MANY = 0.6, 0.5
 
 
@@ -63,30 +64,6 @@ class Result:
     ratio: float
 
 
-def compile_limits(folder: Path) -> ctypes.CDLL:
-    """limits.c as a shared library."""
-    target = folder / "limits.so"
-    source = Path(__file__).with_name("limits.c")
-    command = ["gcc", "-O2", "-march=native", "-shared", "-fPIC", "-w", "-std=c11"]
-    command += [f"-I{ROOT / 'kernels'}", str(source), "-o", str(target)]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(target))
-    for name in ("read_seconds", "fma_gflops", "bf16_dot_gflops", "linear_seconds"):
-        getattr(library, name).restype = ctypes.c_double
-    library.read_seconds.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.linear_seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
-    return library
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache of CPU 0 (32 MiB where it is not told)."""
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
-    return max(sizes)
-
-
 def make_pool(n_bytes: int) -> np.ndarray:
     """Bytes that are ordinary numbers in each format (no NaN codes; e4m3 subnormals are rare)."""
     rng = np.random.default_rng(1)
@@ -101,56 +78,41 @@ def make_pool(n_bytes: int) -> np.ndarray:
 class Bench:
     """The pool of weights, the limits measured around everything, and the timing of one kernel."""
 
-    def __init__(self, library: ctypes.CDLL, seconds: float) -> None:
-        self.native, self.seconds = library, seconds
+    def __init__(self, seconds: float, threads: int) -> None:
+        self.seconds, self.threads = seconds, threads
         size = max(4 * last_level_cache(), 256 << 20)
-        self.pool = make_pool(-(-size // (8 << 20)) * (8 << 20))
+        self.pool = make_pool(-(-size // PIECE) * PIECE)
         rng = np.random.default_rng(2)
         # a scale for each 32 codes of FP4, at its place: they are read from memory like the codes
         self.scales = rng.integers(112, 124, len(self.pool) // 16, np.uint8)
-        self.x = door.bf16_bits(rng.standard_normal(MANY_TOKENS * 16384, np.float32))
-        self.out = np.zeros(MANY_TOKENS * 32768, np.float32)
+        start = self.pool.ctypes.data
+        self.machine = Limits([(start + at, PIECE) for at in range(0, len(self.pool), PIECE)])
         self.reads: list[float] = []
-        self.peaks: dict[str, list[float]] = {}
+        self.peaks: dict[str, list[float]] = {kind: [] for kind in EXACT}
 
     def limits(self) -> tuple[float, float]:
         """Read limit in GB/s (the better walk) and the better instruction's GFLOP/s."""
-        piece = 8 << 20
-        starts = range(self.pool.ctypes.data, self.pool.ctypes.data + len(self.pool), piece)
-        taken = [
-            median([self.native.read_seconds(p, piece, streams) for p in starts])
-            for streams in (1, 4)
-        ]
-        self.reads.append(piece / min(taken) / 1e9)
-        for name in ("fma", "bf16_dot"):
-            self.peaks.setdefault(name, []).append(getattr(self.native, f"{name}_gflops")())
+        self.reads.append(self.machine.read(self.threads) / 1e9)
+        for kind in EXACT:
+            self.peaks[kind].append(self.machine.peak([kind], self.threads) / 1e9)
         return self.reads[-1], max(peaks[-1] for peaks in self.peaks.values())
 
     def run(self, variant: door.Variant, fmt: str, rows: int, cols: int, n_tok: int) -> float:
-        """Seconds of one layer, the median over the pool."""
-        n_bytes = rows * cols * BITS[fmt] // 8
-        rule = door.SCALE_FOLD if fmt in ("fp8", "fp4") else door.SCALE_NONE
-        code = {"fp8": door.W_FP8, "fp4": door.W_FP4, "bf16": door.W_BF16, "f32": door.W_F32}[fmt]
-        scratch = door.linear_scratch(cols)
+        """Seconds of one layer, the median of passes over the pool."""
+        nbytes = rows * cols * BITS[fmt] // 8
+        room = len(self.pool) if n_tok <= linears.FEW_TOKENS else max(MANY_BYTES, nbytes)
+        scaled = fmt in ("fp8", "fp4")
+        found = [
+            linears.Matrix(
+                FORMATS[fmt], self.pool.ctypes.data + at,
+                self.scales.ctypes.data + at // 16 if scaled else 0, rows, cols, nbytes)
+            for at in range(0, room - nbytes + 1, nbytes)]
+        sweep = linears.Sweep(found, n_tok)
+        kernel = linears.Kernel(variant.op, variant.name, variant.address)
         times: list[float] = []
-        at = 0
-        while sum(times) < self.seconds and len(times) < 4096:
-            if at + n_bytes > len(self.pool):
-                at = 0
-            weight = door.Weight(
-                self.pool.ctypes.data + at, self.scales.ctypes.data + at // 16, rows, cols, code, 0,
-                rule,
-            )
-            args = door.LinearArgs(
-                self.out.ctypes.data, self.x.ctypes.data, None, ctypes.pointer(weight),
-                scratch.ctypes.data, rows, cols, n_tok, 0, rows, 0,
-            )
-            chunk = MANY_CHUNK if n_tok > 8 else FEW_CHUNK
-            times.append(
-                self.native.linear_seconds(variant.address, ctypes.addressof(args), chunk)
-            )
-            at += n_bytes
-        return float(np.median(times))
+        while not times or sum(times) < self.seconds and len(times) < 4096:
+            times.append(sweep.seconds(kernel, self.threads))
+        return float(np.median(times)) / len(found)
 
 
 def cases(only: str | None) -> list[tuple[str, str, int, int, int]]:
@@ -224,10 +186,10 @@ def main() -> int:
     parser.add_argument("--only", help="a format or a layer")
     parser.add_argument("--tokens", type=int, choices=(1, 4, MANY_TOKENS))
     parser.add_argument("--seconds", type=float, default=1.0, help="per line (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="at once (default 1)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(compile_limits(Path(folder)), options.seconds)
-        results = measure(bench, options.only, options.all, options.tokens)
+    bench = Bench(options.seconds, options.threads)
+    results = measure(bench, options.only, options.all, options.tokens)
     found = gates(results)
     report = {
         "read_limit_gb_s": median(bench.reads),
@@ -239,7 +201,8 @@ def main() -> int:
         print(json.dumps(report, indent=1))
         return 0
     pool = len(bench.pool) >> 20
-    print(f"stream read {span(bench.reads)} GB/s; pool {pool} MiB, one thread, CPU time")
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    print(f"stream read {span(bench.reads)} GB/s; pool {pool} MiB, {threads}")
     for name, peaks in bench.peaks.items():
         print(f"{name} peak {span(peaks)} GFLOP/s")
     for gate in found:

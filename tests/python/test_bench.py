@@ -341,7 +341,7 @@ def test_a_timed_kernel_computes() -> None:
     """All threads together make the whole layer, for any kernel and any tile."""
     rng = np.random.default_rng(6)
     w = (rng.standard_normal((70, 96), np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    one = linears.Matrix("bf16", w.ctypes.data, 0, 70, 96, w.nbytes)
+    one = linears.Matrix(calls.W_BF16, w.ctypes.data, 0, 70, 96, w.nbytes)
     weight = calls.Weight(w.ctypes.data, None, 70, 96, calls.W_BF16, 0, calls.SCALE_NONE)
     for n_tok in (1, 20):
         sweep = linears.Sweep([one], n_tok)
@@ -374,6 +374,6 @@ def test_caches_are_read_from_the_system(tmp_path: Path) -> None:
 
 
 def test_pools_have_a_limit() -> None:
-    each = linears.Matrix("fp8", 0, 0, 1, 1, 1 << 30)
+    each = linears.Matrix(calls.W_FP8, 0, 0, 1, 1, 1 << 30)
     assert len(linears.pool([each] * 9, 1 << 20)) == 1
     assert len(linears.pool([each] * 9, 1 << 40)) == 2
