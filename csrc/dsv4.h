@@ -105,7 +105,20 @@ dsv4_status dsv4_model_tensor(const dsv4_model *model, const char *name, const v
 
 /* ---------------------------------------------------------------------------------------------------------- session */
 
-dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, dsv4_error *err);
+/*
+ * most_kept (0 to DSV4_MOST_KEPT): how many earlier states the session keeps to be rewound to, at the beginning and end
+ * of steps that append several tokens to it.  Each costs one fixed state (dsv4_session_bytes) once the session moves on.
+ */
+enum { DSV4_MOST_KEPT = 1024 };
+dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, int32_t most_kept, dsv4_error *err);
+
+/*
+ * A session of its own that begins at the newest state of `session` at or before position `at`: what it is now, one
+ * that it has kept, or position 0.  Nothing is copied until one of them moves on, and then only what is written.
+ */
+dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *session, int32_t at, dsv4_error *err);
+/* Exchanges the timelines of two sessions of one model. */
+void dsv4_session_swap(dsv4_session *a, dsv4_session *b);
 void dsv4_session_destroy(dsv4_session *session); /* NULL is legal; waits for a running step */
 int32_t dsv4_session_position(dsv4_session *session); /* tokens so far */
 /* Copies tokens [first, first + n) to out; the range must lie within the position. */

@@ -416,7 +416,7 @@ class _Answer:
         sampling, tokenizer = self.sampling, self.model.tokenizer
         self.started = time.perf_counter()
         self.owned = session is None
-        self.session = self.model.session() if session is None else session
+        self.session = self.model.session(checkpoints=0) if session is None else session
         vocab = self.model.config.vocab_size
         self.sampler = _core.Sampler(
             vocab, sampling.native() | {

@@ -27,6 +27,8 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
 WANT = {"none": 0, "last": 1, "all": 2}
+# earlier states a session keeps: by default enough for the last two turns of a conversation
+CHECKPOINTS, MOST_CHECKPOINTS = 4, 1024
 
 
 class Model:
@@ -84,8 +86,14 @@ class Model:
         """Whether `close` was called."""
         return self._core.closed
 
-    def session(self) -> "Session":
+    def session(self, *, checkpoints: int = CHECKPOINTS) -> "Session":
         """Start a session at position 0.
+
+        Parameters
+        ----------
+        checkpoints : int
+            How many earlier states it keeps for `Session.rewind`, 0 to 1024; each takes as much
+            memory as a session of a few tokens.
 
         Examples
         --------
@@ -96,7 +104,11 @@ class Model:
         ...     session.position, logits.shape == (1, model.config.vocab_size)
         (2, True)
         """
-        return Session(self)
+        if isinstance(checkpoints, bool) or not isinstance(checkpoints, int | np.integer):
+            raise TypeError(f"checkpoints: got {type(checkpoints).__name__}, wanted an int")
+        if not 0 <= checkpoints <= MOST_CHECKPOINTS:
+            raise ValueError(f"checkpoints: got {checkpoints}, wanted 0 to {MOST_CHECKPOINTS}")
+        return Session(self, _core.Session(self._core, int(checkpoints)))
 
     def step(
         self, segments: Iterable[tuple["Session", Prompt]], logits: Logits = "last"
@@ -297,9 +309,9 @@ class Session:
     model : Model
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, core: _core.Session) -> None:
         self.model = model
-        self._core = _core.Session(model._core)
+        self._core = core
 
     @property
     def position(self) -> int:
@@ -367,6 +379,70 @@ class Session:
         check_room(position, len(ids), self.model.config.max_position_embeddings, "prompt")
         ((rows, _),) = self.model._core.step([(self._core, ids, want, None)], None)
         return rows
+
+    def fork(self) -> "Session":
+        """Make a second session with the same past and a future of its own.
+
+        Nothing is copied until one of the two moves on, and then only what it writes: a fork
+        takes microseconds and, at first, no memory, however long the context is.
+
+        Returns
+        -------
+        Session
+            At the same position; it continues with the same bits as this one.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     session = model.session()
+        ...     _ = session.append("To be, or not to be")
+        ...     other = session.fork()
+        ...     (session.append([7]) == other.append([7])).all()
+        np.True_
+        """
+        return Session(self.model, self._core.fork(self.position))
+
+    def rewind(self, position: int) -> None:
+        """Go back to an earlier position; what follows is as if the later tokens had never been.
+
+        Parameters
+        ----------
+        position : int
+            0 to the present position.
+
+        Notes
+        -----
+        Exact: continuing gives the same bits as a session that was never further.  A session
+        keeps its state from before and after each of the last appends of several tokens
+        (`Model.session` says how many): going back to one of those costs nothing.  Anywhere else
+        the tokens from the nearest earlier kept state (or from the beginning) to `position` are
+        computed again.  Interrupted or failing, the session stays where it was.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     session = model.session()
+        ...     _ = session.append([0, 5, 6])
+        ...     first = session.append([9])
+        ...     session.rewind(3)
+        ...     session.position, (session.append([9]) == first).all()
+        (3, np.True_)
+        """
+        now = self.position
+        if isinstance(position, bool) or not isinstance(position, int | np.integer):
+            raise TypeError(f"position: got {type(position).__name__}, wanted an int")
+        if not 0 <= position <= now:
+            raise ValueError(f"position: got {position}, wanted 0 to {now}, where the session is")
+        past = self._core.fork(int(position))
+        again = self._core.tokens(past.position, int(position) - past.position)
+        if len(again):
+            self.model._core.step([(past, again, WANT["none"], None)], None)
+        self._core.swap(past)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Session cannot be pickled: it lives in its model; send its tokens")
 
     def _fill(self, position: int, seed: int = 0) -> None:
         """Move on to `position` without computing anything; for measuring long contexts.

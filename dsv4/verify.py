@@ -408,7 +408,7 @@ def _everything(folder: Path, e: Expected, disable: str) -> dict[tuple[str, str]
                     found["layer", str(i)] = model.layer(i, streams, ids, None)
                     streams = e[f"prompt130/L{i}/stream"]
             for what in e.prompts():
-                session = _core.Session(model)
+                session = _core.Session(model, 0)
                 logits = _logits(model, session, e[f"{what}/ids"])
                 found["run", f"{numerics} {what}"] = logits[e[f"{what}/positions"]]
                 if what == "prompt130":

@@ -92,18 +92,17 @@ static void fill_layer(struct dsv4_kv *kv, int32_t layer, int32_t from, int32_t 
 }
 
 static dsv4_status fill_locked(dsv4_session *s, int32_t position, uint64_t seed, dsv4_error *err) {
-    int32_t most = s->model->config.max_position_embeddings, from = s->position;
+    int32_t most = s->model->config.max_position_embeddings, from = s->kv->position;
     if (position < from || position > most)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "position: got %d, wanted one from where the session is, %d, to %d",
                          position, from, most);
-    DSV4_TRY(dsv4_session_reserve_tokens_locked(s, position - from, err));
-    DSV4_TRY(dsv4_kv_reserve(&s->kv, position, err));
+    DSV4_TRY(dsv4_kv_own(&s->kv, err));
+    DSV4_TRY(dsv4_kv_reserve(s->kv, position - from, err));
     if (position > from)
         for (int32_t i = 0; i < s->model->config.num_hidden_layers; i++)
-            fill_layer(&s->kv, i, from, position, seed);
-    for (int32_t i = from; i < position; i++)
-        s->tokens[i] = TOKEN;
-    s->position = position;
+            fill_layer(s->kv, i, from, position, seed);
+    for (const int32_t token = TOKEN; s->kv->position < position;)
+        dsv4_kv_commit(s->kv, &token, 1);
     return DSV4_OK;
 }
 

@@ -37,14 +37,19 @@ dsv4_status dsv4_kv_layout(dsv4_model *m, dsv4_error *err) {
     return DSV4_OK;
 }
 
-dsv4_status dsv4_kv_create(struct dsv4_kv *kv, const dsv4_model *m, int32_t first_layer, int32_t end_layer,
+dsv4_status dsv4_kv_create(struct dsv4_kv **out, const dsv4_model *m, int32_t first_layer, int32_t end_layer,
                            dsv4_error *err) {
     size_t n = (size_t)m->config.num_hidden_layers;
+    struct dsv4_kv *kv = calloc(1, sizeof *kv);
+    if (!kv)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a session");
     *kv = (struct dsv4_kv){.model = m, .first_layer = first_layer, .end_layer = end_layer};
+    atomic_init(&kv->references, 1);
+    kv->tokens.row_bytes = DSV4_TOKENS_PER_ROW * sizeof(int32_t);
     kv->layers = calloc(n, sizeof *kv->layers);
     kv->fixed = calloc(1, m->state_bytes + 64);
     if (!kv->layers || !kv->fixed) {
-        dsv4_kv_destroy(kv);
+        dsv4_kv_release(kv);
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a session's fixed state of %zu bytes", m->state_bytes);
     }
     for (size_t i = 0; i < n; i++) {
@@ -58,54 +63,102 @@ dsv4_status dsv4_kv_create(struct dsv4_kv *kv, const dsv4_model *m, int32_t firs
         l->compressed.row_bytes = m->kv_row;
         l->index.row_bytes = m->index_row;
     }
+    *out = kv;
     return DSV4_OK;
 }
 
-static void free_store(struct dsv4_row_store *s) {
-    for (int32_t i = 0; i < s->n_block; i++)
-        free(s->blocks[i]);
-    free(s->blocks);
+struct dsv4_kv *dsv4_kv_retain(struct dsv4_kv *kv) {
+    atomic_fetch_add(&kv->references, 1);
+    return kv;
 }
 
-void dsv4_kv_destroy(struct dsv4_kv *kv) {
+void dsv4_kv_release(struct dsv4_kv *kv) {
+    if (!kv || atomic_fetch_sub(&kv->references, 1) > 1)
+        return;
     for (int32_t i = 0; kv->layers && i < kv->model->config.num_hidden_layers; i++) {
-        free_store(&kv->layers[i].compressed);
-        free_store(&kv->layers[i].index);
+        dsv4_rows_release(&kv->layers[i].compressed);
+        dsv4_rows_release(&kv->layers[i].index);
     }
+    dsv4_rows_release(&kv->tokens);
     free(kv->layers);
     free(kv->fixed);
     free(kv->undo);
-    *kv = (struct dsv4_kv){0};
+    free(kv);
 }
 
-static int grow(struct dsv4_row_store *s, int32_t rows) {
-    int32_t blocks = (rows + DSV4_ROWS_PER_BLOCK - 1) / DSV4_ROWS_PER_BLOCK;
-    if (blocks > s->capacity) {
-        int32_t capacity = blocks > 2 * s->capacity ? blocks : 2 * s->capacity;
-        uint8_t **table = realloc(s->blocks, (size_t)capacity * sizeof(*table));
-        if (!table)
-            return 1;
-        s->blocks = table;
-        s->capacity = capacity;
-    }
-    for (; s->n_block < blocks; s->n_block++) {
-        s->blocks[s->n_block] = calloc(DSV4_ROWS_PER_BLOCK, s->row_bytes);
-        if (!s->blocks[s->n_block])
-            return 1;
-    }
-    return 0;
+static int32_t token_rows(int32_t n) {
+    return (n + DSV4_TOKENS_PER_ROW - 1) / DSV4_TOKENS_PER_ROW;
 }
 
-dsv4_status dsv4_kv_reserve(struct dsv4_kv *kv, int32_t position, dsv4_error *err) {
-    for (int32_t i = kv->first_layer; i < kv->end_layer; i++) {
-        const struct dsv4_layer *l = &kv->model->layers[i];
+static int share_rows(struct dsv4_kv *to, const struct dsv4_kv *from) {
+    int failed = dsv4_rows_share(&to->tokens, &from->tokens, token_rows(from->position));
+    for (int32_t i = from->first_layer; i < from->end_layer && !failed; i++) {
+        const struct dsv4_layer *l = &from->model->layers[i];
+        const struct dsv4_kv_layer *s = &from->layers[i];
         if (l->kind == DSV4_SWA)
             continue;
-        int32_t rows = position / l->compressor.ratio;
-        if (grow(&kv->layers[i].compressed, rows) || (l->kind == DSV4_CSA && grow(&kv->layers[i].index, rows)))
-            return dsv4_fail(err, DSV4_E_MEMORY, "no memory for the compressed rows of %d positions", position);
+        int32_t rows = from->position / l->compressor.ratio;
+        failed = dsv4_rows_share(&to->layers[i].compressed, &s->compressed, rows) ||
+                 (l->kind == DSV4_CSA && dsv4_rows_share(&to->layers[i].index, &s->index, rows));
     }
+    return failed;
+}
+
+dsv4_status dsv4_kv_own(struct dsv4_kv **kv, dsv4_error *err) {
+    struct dsv4_kv *old = *kv, *copy;
+    if (atomic_load(&old->references) == 1)
+        return DSV4_OK;
+    DSV4_TRY(dsv4_kv_create(&copy, old->model, old->first_layer, old->end_layer, err));
+    memcpy(copy->fixed, old->fixed, old->model->state_bytes);
+    copy->position = old->position;
+    if (share_rows(copy, old)) {
+        dsv4_kv_release(copy);
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory to share the rows of %d positions", old->position);
+    }
+    dsv4_kv_release(old);
+    *kv = copy;
     return DSV4_OK;
+}
+
+dsv4_status dsv4_kv_reserve(struct dsv4_kv *kv, int32_t n, dsv4_error *err) {
+    int32_t from = kv->position, to = from + n;
+    int failed = dsv4_rows_reserve(&kv->tokens, from / DSV4_TOKENS_PER_ROW, token_rows(to));
+    for (int32_t i = kv->first_layer; i < kv->end_layer && !failed; i++) {
+        const struct dsv4_layer *l = &kv->model->layers[i];
+        struct dsv4_kv_layer *s = &kv->layers[i];
+        if (l->kind == DSV4_SWA)
+            continue;
+        int32_t first = from / l->compressor.ratio, end = to / l->compressor.ratio;
+        failed = dsv4_rows_reserve(&s->compressed, first, end) ||
+                 (l->kind == DSV4_CSA && dsv4_rows_reserve(&s->index, first, end));
+    }
+    if (failed)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for the rows of %d positions", to);
+    return DSV4_OK;
+}
+
+/* The next up to DSV4_TOKENS_PER_ROW tokens from `position` on that lie together, at most n. */
+static int32_t *token_run(const struct dsv4_kv *kv, int32_t position, int32_t *n) {
+    int32_t at = position % DSV4_TOKENS_PER_ROW, left = DSV4_TOKENS_PER_ROW - at;
+    *n = *n < left ? *n : left;
+    return (int32_t *)(void *)dsv4_row(&kv->tokens, position / DSV4_TOKENS_PER_ROW) + at;
+}
+
+void dsv4_kv_commit(struct dsv4_kv *kv, const int32_t *ids, int32_t n) {
+    for (int32_t done = 0, run; done < n; done += run) {
+        run = n - done;
+        int32_t *to = token_run(kv, kv->position + done, &run);
+        memcpy(to, ids + done, (size_t)run * sizeof *ids);
+    }
+    kv->position += n;
+}
+
+void dsv4_kv_tokens(const struct dsv4_kv *kv, int32_t *out, int32_t first, int32_t n) {
+    for (int32_t done = 0, run; done < n; done += run) {
+        run = n - done;
+        const int32_t *from = token_run(kv, first + done, &run);
+        memcpy(out + done, from, (size_t)run * sizeof *out);
+    }
 }
 
 /* Copies the slots of tokens [position, position + n) of one ring to or from `at`; returns the bytes it takes. */
@@ -141,8 +194,8 @@ static size_t walk(struct dsv4_kv *kv, uint8_t *undo, int32_t position, int32_t 
     return at;
 }
 
-dsv4_status dsv4_kv_save(struct dsv4_kv *kv, int32_t position, int32_t n, dsv4_error *err) {
-    size_t bytes = walk(kv, NULL, position, n, 0);
+dsv4_status dsv4_kv_save(struct dsv4_kv *kv, int32_t n, dsv4_error *err) {
+    size_t bytes = walk(kv, NULL, kv->position, n, 0);
     if (bytes > kv->undo_capacity) {
         uint8_t *undo = realloc(kv->undo, bytes);
         if (!undo)
@@ -150,20 +203,23 @@ dsv4_status dsv4_kv_save(struct dsv4_kv *kv, int32_t position, int32_t n, dsv4_e
         kv->undo = undo;
         kv->undo_capacity = bytes;
     }
-    walk(kv, kv->undo, position, n, 0);
+    walk(kv, kv->undo, kv->position, n, 0);
     return DSV4_OK;
 }
 
-void dsv4_kv_restore(struct dsv4_kv *kv, int32_t position, int32_t n) {
-    walk(kv, kv->undo, position, n, 1);
+void dsv4_kv_restore(struct dsv4_kv *kv, int32_t n) {
+    walk(kv, kv->undo, kv->position, n, 1);
+}
+
+void dsv4_kv_forget_undo(struct dsv4_kv *kv) {
+    free(kv->undo);
+    kv->undo = NULL;
+    kv->undo_capacity = 0;
 }
 
 uint64_t dsv4_kv_grown_bytes(const struct dsv4_kv *kv) {
     uint64_t bytes = 0;
-    for (int32_t i = 0; i < kv->model->config.num_hidden_layers; i++) {
-        const struct dsv4_kv_layer *l = &kv->layers[i];
-        bytes += (uint64_t)DSV4_ROWS_PER_BLOCK * ((uint64_t)l->compressed.n_block * l->compressed.row_bytes +
-                                                  (uint64_t)l->index.n_block * l->index.row_bytes);
-    }
+    for (int32_t i = kv->first_layer; i < kv->end_layer; i++)
+        bytes += dsv4_rows_bytes(&kv->layers[i].compressed) + dsv4_rows_bytes(&kv->layers[i].index);
     return bytes;
 }

@@ -1,25 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The KV state of one session (SPEC 3.10).
+ * The state of one timeline up to its position (SPEC 3.10): tokens and KV.  It is counted: sessions that are forks of
+ * each other, and the points a session keeps to return to, share one until somebody writes (dsv4_kv_own).
  *
  * Fixed state, one allocation: per layer the window ring, row of position t at slot t mod sliding_window; for
  * compressed layers the compressor's raw rows k and gate of the last tokens, row of position t at slot t mod rows
  * (rows = 2 ratio where windows overlap, else ratio), so that closing a window moves nothing; the same for the index
- * compressor.  Grown state: compressed rows and index rows in blocks; row i exists once position >= (i + 1) ratio, rows
- * beyond the position are free to be overwritten, so a step that fails has nothing to take back there.
+ * compressor.  Grown state: tokens, compressed rows and index rows (gen/rows.h); entry i exists once position >=
+ * (i + 1) ratio, rows beyond the position are free to be overwritten, so a step that fails has nothing to take back
+ * there.
  */
 #ifndef DSV4_KVCACHE_H
 #define DSV4_KVCACHE_H
 
+#include "gen/rows.h"
 #include "model/model.h"
-
-enum { DSV4_ROWS_PER_BLOCK = 64 };
-
-struct dsv4_row_store {
-    uint8_t **blocks; /* owned, each DSV4_ROWS_PER_BLOCK rows */
-    int32_t n_block, capacity;
-    size_t row_bytes;
-};
 
 struct dsv4_kv_layer {
     uint8_t *window;              /* borrowed: into the fixed state, like the four below */
@@ -28,11 +23,16 @@ struct dsv4_kv_layer {
     struct dsv4_row_store compressed, index;
 };
 
+enum { DSV4_TOKENS_PER_ROW = 64 };
+
 struct dsv4_kv {
     const dsv4_model *model; /* borrowed: the session holds the reference */
+    atomic_int references;
+    int32_t position;        /* tokens so far */
     uint8_t *fixed;          /* owned, model->state_bytes */
     uint8_t *undo;           /* owned: what a running step overwrote in the fixed state */
     size_t undo_capacity;
+    struct dsv4_row_store tokens; /* rows of DSV4_TOKENS_PER_ROW int32 */
     struct dsv4_kv_layer *layers; /* owned, [layers] */
     int32_t first_layer, end_layer; /* layers with state: all, or one for a layer run alone */
 };
@@ -40,26 +40,34 @@ struct dsv4_kv {
 /* Fills model->state and model->state_bytes. */
 dsv4_status dsv4_kv_layout(dsv4_model *m, dsv4_error *err);
 
-dsv4_status dsv4_kv_create(struct dsv4_kv *kv, const dsv4_model *m, int32_t first_layer, int32_t end_layer,
+/* At position 0, with one reference. */
+dsv4_status dsv4_kv_create(struct dsv4_kv **out, const dsv4_model *m, int32_t first_layer, int32_t end_layer,
                            dsv4_error *err);
-void dsv4_kv_destroy(struct dsv4_kv *kv);
+struct dsv4_kv *dsv4_kv_retain(struct dsv4_kv *kv);
+void dsv4_kv_release(struct dsv4_kv *kv); /* NULL is legal */
 
-/* Room for all rows up to `position`, before any work; on failure what was there stays valid. */
-dsv4_status dsv4_kv_reserve(struct dsv4_kv *kv, int32_t position, dsv4_error *err);
+/* Replaces *kv by a copy (fixed state copied, rows shared) unless this is the only reference. */
+dsv4_status dsv4_kv_own(struct dsv4_kv **kv, dsv4_error *err);
 
-/* Keeps what tokens [position, position + n) will overwrite in the fixed state; restore puts it back. */
-dsv4_status dsv4_kv_save(struct dsv4_kv *kv, int32_t position, int32_t n, dsv4_error *err);
-void dsv4_kv_restore(struct dsv4_kv *kv, int32_t position, int32_t n);
+/* Room to write the next n tokens and their rows, before any work; on failure what was there stays valid.  Owned kv. */
+dsv4_status dsv4_kv_reserve(struct dsv4_kv *kv, int32_t n, dsv4_error *err);
+
+/* Keeps what the next n tokens will overwrite in the fixed state; restore puts it back. */
+dsv4_status dsv4_kv_save(struct dsv4_kv *kv, int32_t n, dsv4_error *err);
+void dsv4_kv_restore(struct dsv4_kv *kv, int32_t n);
+void dsv4_kv_forget_undo(struct dsv4_kv *kv); /* owned kv */
+
+/* After a step: the tokens are part of the timeline.  Reserved before. */
+void dsv4_kv_commit(struct dsv4_kv *kv, const int32_t *ids, int32_t n);
+
+/* Copies tokens [first, first + n). */
+void dsv4_kv_tokens(const struct dsv4_kv *kv, int32_t *out, int32_t first, int32_t n);
 
 uint64_t dsv4_kv_grown_bytes(const struct dsv4_kv *kv);
 
 /* One raw row, k or gate, of a compressor in the fixed state. */
 static inline size_t dsv4_state_row_bytes(const struct dsv4_compressor *p) {
     return (size_t)p->dim * (p->overlap ? 2 : 1) * sizeof(float);
-}
-
-static inline uint8_t *dsv4_row(const struct dsv4_row_store *s, int32_t i) {
-    return s->blocks[i / DSV4_ROWS_PER_BLOCK] + (size_t)(i % DSV4_ROWS_PER_BLOCK) * s->row_bytes;
 }
 
 #endif

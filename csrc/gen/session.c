@@ -3,20 +3,39 @@
 
 #include <stdlib.h>
 
-dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, dsv4_error *err) {
+static dsv4_status create(dsv4_session **out, dsv4_model *model, struct dsv4_kv *kv, int32_t most_kept,
+                          dsv4_error *err) {
     dsv4_session *s = calloc(1, sizeof *s);
-    if (!s)
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a session");
-    dsv4_status status = dsv4_kv_create(&s->kv, model, 0, model->config.num_hidden_layers, err);
-    if (status != DSV4_OK) {
+    struct dsv4_kv **kept = calloc((size_t)most_kept + 1, sizeof(*kept));
+    if (!s || !kept) {
         free(s);
-        return status;
+        free(kept);
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a session");
     }
     pthread_mutex_init(&s->lock, NULL);
     s->model = model;
+    s->kv = dsv4_kv_retain(kv);
+    s->kept = kept;
+    s->most_kept = most_kept;
     atomic_fetch_add(&model->references, 1);
     *out = s;
     return DSV4_OK;
+}
+
+dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, int32_t most_kept, dsv4_error *err) {
+    struct dsv4_kv *kv;
+    if (most_kept < 0 || most_kept > DSV4_MOST_KEPT)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "kept states: got %d, wanted 0 to %d", most_kept, DSV4_MOST_KEPT);
+    DSV4_TRY(dsv4_kv_create(&kv, model, 0, model->config.num_hidden_layers, err));
+    dsv4_status status = create(out, model, kv, most_kept, err);
+    dsv4_kv_release(kv);
+    return status;
+}
+
+static void forget(dsv4_session *s) {
+    for (int32_t i = 0; i < s->n_kept; i++)
+        dsv4_kv_release(s->kept[i]);
+    s->n_kept = 0;
 }
 
 void dsv4_session_destroy(dsv4_session *s) {
@@ -25,15 +44,77 @@ void dsv4_session_destroy(dsv4_session *s) {
     pthread_mutex_lock(&s->lock);
     pthread_mutex_unlock(&s->lock);
     pthread_mutex_destroy(&s->lock);
-    dsv4_kv_destroy(&s->kv);
-    free(s->tokens);
+    forget(s);
+    free(s->kept);
+    dsv4_kv_release(s->kv);
     dsv4_model_destroy(s->model);
     free(s);
 }
 
+void dsv4_session_keep_locked(dsv4_session *s) {
+    int32_t position = s->kv->position;
+    if (!s->most_kept || position == 0 || (s->n_kept && s->kept[s->n_kept - 1]->position == position))
+        return;
+    if (s->n_kept == s->most_kept) {
+        dsv4_kv_release(s->kept[0]);
+        memmove(s->kept, s->kept + 1, (size_t)--s->n_kept * sizeof(*s->kept));
+    }
+    s->kept[s->n_kept++] = dsv4_kv_retain(s->kv);
+}
+
+/* The newest state at or before a position; NULL: only the beginning. */
+static struct dsv4_kv *newest(const dsv4_session *s, int32_t position) {
+    if (s->kv->position <= position)
+        return s->kv;
+    for (int32_t i = s->n_kept; i > 0; i--)
+        if (s->kept[i - 1]->position <= position)
+            return s->kept[i - 1];
+    return NULL;
+}
+
+static dsv4_status fork_locked(dsv4_session **out, dsv4_session *s, int32_t at, dsv4_error *err) {
+    if (at < 0 || at > s->kv->position)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "position: got %d, wanted 0 to %d, where the session is", at,
+                         s->kv->position);
+    struct dsv4_kv *kv = newest(s, at);
+    if (!kv)
+        return dsv4_session_create(out, s->model, s->most_kept, err);
+    DSV4_TRY(create(out, s->model, kv, s->most_kept, err));
+    for (int32_t i = 0; i < s->n_kept && s->kept[i]->position <= at; i++)
+        (*out)->kept[(*out)->n_kept++] = dsv4_kv_retain(s->kept[i]);
+    return DSV4_OK;
+}
+
+dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *s, int32_t at, dsv4_error *err) {
+    pthread_mutex_lock(&s->lock);
+    dsv4_status status = fork_locked(out, s, at, err);
+    pthread_mutex_unlock(&s->lock);
+    return status;
+}
+
+void dsv4_session_swap(dsv4_session *a, dsv4_session *b) {
+    dsv4_session *first = a < b ? a : b, *second = a < b ? b : a;
+    if (a == b)
+        return;
+    pthread_mutex_lock(&first->lock);
+    pthread_mutex_lock(&second->lock);
+    struct dsv4_kv *kv = a->kv, **kept = a->kept;
+    int32_t n_kept = a->n_kept, most_kept = a->most_kept;
+    a->kv = b->kv;
+    a->kept = b->kept;
+    a->n_kept = b->n_kept;
+    a->most_kept = b->most_kept;
+    b->kv = kv;
+    b->kept = kept;
+    b->n_kept = n_kept;
+    b->most_kept = most_kept;
+    pthread_mutex_unlock(&second->lock);
+    pthread_mutex_unlock(&first->lock);
+}
+
 int32_t dsv4_session_position(dsv4_session *s) {
     pthread_mutex_lock(&s->lock);
-    int32_t position = s->position;
+    int32_t position = s->kv->position;
     pthread_mutex_unlock(&s->lock);
     return position;
 }
@@ -41,11 +122,11 @@ int32_t dsv4_session_position(dsv4_session *s) {
 dsv4_status dsv4_session_tokens(dsv4_session *s, int32_t *out, int32_t first, int32_t n, dsv4_error *err) {
     dsv4_status status = DSV4_OK;
     pthread_mutex_lock(&s->lock);
-    if (first < 0 || n < 0 || n > s->position - first)
+    if (first < 0 || n < 0 || n > s->kv->position - first)
         status = dsv4_fail(err, DSV4_E_ARGUMENT, "tokens: got [%d, %lld), wanted a range within [0, %d)", first,
-                           (long long)first + n, s->position);
-    else if (n)
-        memcpy(out, s->tokens + first, (size_t)n * sizeof *out);
+                           (long long)first + n, s->kv->position);
+    else
+        dsv4_kv_tokens(s->kv, out, first, n);
     pthread_mutex_unlock(&s->lock);
     return status;
 }
@@ -53,7 +134,7 @@ dsv4_status dsv4_session_tokens(dsv4_session *s, int32_t *out, int32_t first, in
 void dsv4_session_bytes(dsv4_session *s, uint64_t *fixed, uint64_t *grown) {
     pthread_mutex_lock(&s->lock);
     *fixed = s->model->state_bytes;
-    *grown = dsv4_kv_grown_bytes(&s->kv);
+    *grown = dsv4_kv_grown_bytes(s->kv);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -64,13 +145,13 @@ static dsv4_status rows_locked(dsv4_session *s, int32_t layer, int32_t kind, uin
     if (layer < 0 || layer >= c->num_hidden_layers)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer, c->num_hidden_layers);
     const struct dsv4_layer *l = &m->layers[layer];
-    const struct dsv4_kv_layer *kv = &s->kv.layers[layer];
+    const struct dsv4_kv_layer *kv = &s->kv->layers[layer];
     int32_t low = 0, high = 0;
     if (kind == DSV4_ROWS_WINDOW) {
-        high = s->position;
+        high = s->kv->position;
         low = high > c->sliding_window ? high - c->sliding_window : 0;
     } else if ((kind == DSV4_ROWS_COMPRESSED && l->kind != DSV4_SWA) || (kind == DSV4_ROWS_INDEX && l->kind == DSV4_CSA)) {
-        high = s->position / l->compressor.ratio;
+        high = s->kv->position / l->compressor.ratio;
     }
     if (first < low || n < 0 || n > high - first)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "rows of layer %d: got [%d, %lld), wanted a range within [%d, %d)", layer,
@@ -93,16 +174,4 @@ dsv4_status dsv4_session_rows(dsv4_session *s, int32_t layer, int32_t kind, uint
     dsv4_status status = rows_locked(s, layer, kind, out, first, n, err);
     pthread_mutex_unlock(&s->lock);
     return status;
-}
-
-dsv4_status dsv4_session_reserve_tokens_locked(dsv4_session *s, int32_t n, dsv4_error *err) {
-    if (n <= s->capacity - s->position)
-        return DSV4_OK;
-    int32_t wanted = s->position + n, capacity = wanted > 2 * s->capacity ? wanted : 2 * s->capacity;
-    int32_t *tokens = realloc(s->tokens, (size_t)capacity * sizeof *tokens);
-    if (!tokens)
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %d token ids", capacity);
-    s->tokens = tokens;
-    s->capacity = capacity;
-    return DSV4_OK;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* One timeline: its tokens and its KV state.  The lock is held by whoever reads or changes it; a step holds the locks of
+/* One timeline: its state (gen/kvcache.h) and earlier ones to return to.  The lock is held by whoever reads or changes it; a step holds the locks of
  * all its sessions from start to finish. */
 #ifndef DSV4_SESSION_H
 #define DSV4_SESSION_H
@@ -11,12 +11,12 @@
 struct dsv4_session {
     dsv4_model *model; /* one reference */
     pthread_mutex_t lock;
-    struct dsv4_kv kv;
-    int32_t *tokens; /* owned, [capacity] */
-    int32_t position, capacity;
+    struct dsv4_kv *kv;    /* one reference */
+    struct dsv4_kv **kept; /* owned [most_kept]: earlier states to rewind to, ascending positions, one reference each */
+    int32_t n_kept, most_kept;
 };
 
-/* Room for n more tokens. */
-dsv4_status dsv4_session_reserve_tokens_locked(dsv4_session *s, int32_t n, dsv4_error *err);
+/* Keeps the present state for rewinding, forgetting the oldest kept one if need be. */
+void dsv4_session_keep_locked(dsv4_session *s);
 
 #endif

@@ -35,7 +35,7 @@ struct dsv4_run {
     struct dsv4_pass pass;
     int32_t segment, offset; /* where the next pass begins */
     /* a layer run alone */
-    struct dsv4_kv kv;
+    struct dsv4_kv *kv; /* owned */
     int32_t layer, n_tok;
     const uint16_t *streams_in;
     uint16_t *streams_out;
@@ -66,7 +66,7 @@ static void want_rows(dsv4_run *r, const struct dsv4_segment *s, int32_t first, 
         p->wanted[p->n_wanted++] = (struct dsv4_wanted){
             .logits = all ? s->logits + (size_t)i * vocab : s->want == DSV4_LOGITS_LAST ? s->logits : NULL,
             .sampler = last ? s->sampler : NULL, .sample = s->sample, .tok = tok + i - first,
-            .position = s->session->position + i + 1,
+            .position = s->session->kv->position + i + 1,
         };
     }
 }
@@ -79,7 +79,7 @@ static int plan_pass(dsv4_run *r) {
     if (!r->segments) {
         int32_t n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
         if (n > 0)
-            add_piece(r, &r->kv, r->token_ids + r->offset, n, r->offset, r->offset);
+            add_piece(r, r->kv, r->token_ids + r->offset, n, r->offset, r->offset);
         r->offset += n;
         return n > 0;
     }
@@ -87,7 +87,7 @@ static int plan_pass(dsv4_run *r) {
         const struct dsv4_segment *s = &r->segments[r->segment];
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
         want_rows(r, s, r->offset, n, p->n_tok);
-        add_piece(r, &s->session->kv, s->ids + r->offset, n, s->session->position + r->offset,
+        add_piece(r, s->session->kv, s->ids + r->offset, n, s->session->kv->position + r->offset,
                   r->kept.row0[r->segment] + r->offset);
         r->offset += n;
         if (r->offset == s->n) {
@@ -150,7 +150,7 @@ static dsv4_status check_segment(dsv4_model *m, const struct dsv4_segment *s, in
 }
 
 static dsv4_status check_room(const struct dsv4_segment *s, dsv4_error *err) {
-    int32_t most = s->session->model->config.max_position_embeddings, position = s->session->position;
+    int32_t most = s->session->model->config.max_position_embeddings, position = s->session->kv->position;
     if (s->n > most - position)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "the context: got %d tokens after %d, wanted at most %d in all", s->n,
                          position, most);
@@ -180,8 +180,7 @@ static dsv4_status lock_sessions(dsv4_run *r, dsv4_error *err) {
 /* Puts every session back to where it was; the position never moved. */
 static void restore(dsv4_run *r) {
     for (int32_t i = 0; i < r->n_saved; i++) {
-        dsv4_session *s = r->segments[i].session;
-        dsv4_kv_restore(&s->kv, s->position, r->segments[i].n);
+        dsv4_kv_restore(r->segments[i].session->kv, r->segments[i].n);
     }
 }
 
@@ -204,7 +203,7 @@ static void run_release(dsv4_run *r) {
     for (int32_t i = 0; i < r->n_locked; i++)
         pthread_mutex_unlock(&r->segments[i].session->lock);
     if (!r->segments)
-        dsv4_kv_destroy(&r->kv);
+        dsv4_kv_release(r->kv);
     if (!atomic_compare_exchange_strong(&m->spare, &none, r))
         dsv4_run_free(r);
     dsv4_model_destroy(m);
@@ -269,13 +268,15 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
     for (int32_t i = 0; i < r->n_segment; i++) {
         struct dsv4_segment *s = &r->segments[i];
         DSV4_TRY(check_room(s, err));
-        DSV4_TRY(dsv4_session_reserve_tokens_locked(s->session, s->n, err));
-        DSV4_TRY(dsv4_kv_reserve(&s->session->kv, s->session->position + s->n, err));
+        if (s->n > 1)
+            dsv4_session_keep_locked(s->session);
+        DSV4_TRY(dsv4_kv_own(&s->session->kv, err));
+        DSV4_TRY(dsv4_kv_reserve(s->session->kv, s->n, err));
         r->kept.row0[i] = row;
         row += s->n;
     }
     for (int32_t i = 0; i < r->n_segment; i++, r->n_saved++)
-        DSV4_TRY(dsv4_kv_save(&r->segments[i].session->kv, r->segments[i].session->position, r->segments[i].n, err));
+        DSV4_TRY(dsv4_kv_save(r->segments[i].session->kv, r->segments[i].n, err));
     return DSV4_OK;
 }
 
@@ -303,7 +304,7 @@ static void grow_job(dsv4_worker *w, void *ctx) {
 static dsv4_status grow_workspace(dsv4_run *r, dsv4_error *err) {
     struct growth g = {r, r->n_tok, DSV4_OK, err};
     for (int32_t i = 0; i < r->n_segment; i++) {
-        int32_t end = r->segments[i].session->position + r->segments[i].n;
+        int32_t end = r->segments[i].session->kv->position + r->segments[i].n;
         g.position = end > g.position ? end : g.position;
     }
     if (dsv4_workspace_fits(r->model->workspace, r->model, g.position))
@@ -364,7 +365,7 @@ dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint1
     r->pass.end_layer = layer + 1;
     dsv4_status status = dsv4_kv_create(&r->kv, m, layer, layer + 1, err);
     if (status == DSV4_OK)
-        status = dsv4_kv_reserve(&r->kv, n, err);
+        status = dsv4_kv_reserve(r->kv, n, err);
     if (status == DSV4_OK)
         status = launch(r, err);
     if (status != DSV4_OK) {
@@ -402,8 +403,11 @@ static int find_bad_layer(dsv4_run *r) {
 static void commit(dsv4_run *r) {
     for (int32_t i = 0; i < r->n_segment; i++) {
         const struct dsv4_segment *s = &r->segments[i];
-        memcpy(s->session->tokens + s->session->position, s->ids, (size_t)s->n * sizeof *s->ids);
-        s->session->position += s->n;
+        dsv4_kv_commit(s->session->kv, s->ids, s->n);
+        if (s->n == 1)
+            continue;
+        dsv4_kv_forget_undo(s->session->kv); /* as large as the fixed state after a long segment */
+        dsv4_session_keep_locked(s->session);
     }
 }
 

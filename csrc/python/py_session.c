@@ -13,15 +13,23 @@ dsv4_session *session_of(const struct module_state *state, SessionObject *self) 
     return check_process(state, handle_of(self->handle)) < 0 ? NULL : self->session;
 }
 
+static SessionObject *session_alloc(PyTypeObject *type, PyObject *handle) {
+    SessionObject *self = (SessionObject *)type->tp_alloc(type, 0);
+    if (self)
+        self->handle = Py_NewRef(handle);
+    return self;
+}
+
 static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     struct module_state *state = state_of(type);
     ModelObject *model;
+    int most_kept;
     dsv4_error err = {0};
     if (kwargs && PyDict_GET_SIZE(kwargs)) {
         PyErr_SetString(PyExc_TypeError, "Session takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "O!:Session", state->model_type, &model))
+    if (!PyArg_ParseTuple(args, "O!i:Session", state->model_type, &model, &most_kept))
         return NULL;
     if (!model->handle) {
         PyErr_SetString(PyExc_ValueError, "the model is closed");
@@ -29,13 +37,12 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     }
     if (check_process(state, handle_of(model->handle)) < 0)
         return NULL;
-    SessionObject *self = (SessionObject *)type->tp_alloc(type, 0);
+    SessionObject *self = session_alloc(type, model->handle);
     if (!self)
         return NULL;
-    self->handle = Py_NewRef(model->handle);
     dsv4_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = dsv4_session_create(&self->session, handle_of(self->handle)->model, &err);
+    status = dsv4_session_create(&self->session, handle_of(self->handle)->model, most_kept, &err);
     Py_END_ALLOW_THREADS
     if (status) {
         raise_status(state, status, &err);
@@ -123,6 +130,58 @@ static PyObject *session_bytes(SessionObject *self, void *Py_UNUSED(closure)) {
     Py_END_ALLOW_THREADS
     call_leave(self, queued);
     return Py_BuildValue("(KK)", (unsigned long long)fixed, (unsigned long long)grown);
+}
+
+static PyObject *session_fork(SessionObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    int at;
+    if (!PyArg_ParseTuple(args, "i:fork", &at))
+        return NULL;
+    SessionObject *fork = session_alloc(Py_TYPE(self), self->handle);
+    if (!fork)
+        return NULL;
+    int queued;
+    dsv4_session *session = call_enter(state, self, &queued);
+    if (!session) {
+        Py_DECREF(fork);
+        return NULL;
+    }
+    dsv4_error err = {0};
+    dsv4_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_session_fork(&fork->session, session, at, &err);
+    Py_END_ALLOW_THREADS
+    call_leave(self, queued);
+    if (status) {
+        Py_DECREF(fork);
+        return raise_status(state, status, &err);
+    }
+    return (PyObject *)fork;
+}
+
+static PyObject *session_swap(SessionObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    SessionObject *other;
+    if (!PyArg_ParseTuple(args, "O!:swap", state->session_type, &other))
+        return NULL;
+    dsv4_session *b = session_of(state, other);
+    if (!b)
+        return NULL;
+    if (other->handle != self->handle || other->in_step || other->in_call) {
+        PyErr_SetString(PyExc_ValueError, "swap: wanted an idle session of the same model");
+        return NULL;
+    }
+    int queued;
+    dsv4_session *a = call_enter(state, self, &queued);
+    if (!a)
+        return NULL;
+    other->in_call++;
+    Py_BEGIN_ALLOW_THREADS
+    dsv4_session_swap(a, b);
+    Py_END_ALLOW_THREADS
+    other->in_call--;
+    call_leave(self, queued);
+    Py_RETURN_NONE;
 }
 
 static PyObject *session_tokens(SessionObject *self, PyObject *args) {
@@ -222,8 +281,14 @@ static PyMethodDef session_methods[] = {
          "rows($self, layer, kind, first, n, /)\n--\n\n"
          "uint16 [n, dim]: bf16 codes of window (kind 0), compressed (1) or index (2) rows.")},
     {"fill", (PyCFunction)(void (*)(void))session_fill, METH_VARARGS,
-     PyDoc_STR("fill($self, position, seed, /)\n--\n\n"
-               "For measuring: move on to `position` with pseudo-random state, computing nothing.")},
+     PyDoc_STR(
+         "fill($self, position, seed, /)\n--\n\n"
+         "For measuring: move on to `position` with pseudo-random state, computing nothing.")},
+    {"fork", (PyCFunction)(void (*)(void))session_fork, METH_VARARGS,
+     PyDoc_STR("fork($self, at, /)\n--\n\n"
+               "A session that begins at the newest state at or before `at`; nothing is copied.")},
+    {"swap", (PyCFunction)(void (*)(void))session_swap, METH_VARARGS,
+     PyDoc_STR("swap($self, other, /)\n--\n\nExchange timelines with an idle session.")},
     {"close", (PyCFunction)(void (*)(void))session_close, METH_NOARGS,
      PyDoc_STR("close($self, /)\n--\n\nFree the state now; refused while a step runs.")},
     {NULL, NULL, 0, NULL},
@@ -238,9 +303,9 @@ static PyGetSetDef session_getset[] = {
 };
 
 static PyType_Slot session_slots[] = {
-    {Py_tp_doc,
-     (void *)PyDoc_STR(
-         "Session(model, /)\n--\n\nOne timeline: tokens and the KV state that belongs to them.")},
+    {Py_tp_doc, (void *)PyDoc_STR("Session(model, most_kept, /)\n--\n\nOne timeline: tokens and "
+                                  "the KV state that belongs to "
+                                  "them; it keeps so many earlier states.")},
     {Py_tp_new, session_new},
     {Py_tp_dealloc, session_dealloc},
     {Py_tp_methods, session_methods},

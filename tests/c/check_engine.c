@@ -204,7 +204,7 @@ static dsv4_status step(dsv4_model *m, struct dsv4_segment *segments, int n, dsv
 
 static dsv4_session *session(dsv4_model *m) {
     dsv4_session *s;
-    check_true(dsv4_session_create(&s, m, NULL) == DSV4_OK, "session");
+    check_true(dsv4_session_create(&s, m, 0, NULL) == DSV4_OK, "session");
     return s;
 }
 
