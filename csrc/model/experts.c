@@ -109,8 +109,8 @@ static size_t lay_out(const struct part *parts, uint8_t *base, struct dsv4_load 
         const struct part *part = &parts[order[k]];
         uint64_t from = floor_to(part->offset, DSV4_READ_ALIGN);
         uint64_t to = ceil_to(part->offset + part->bytes, DSV4_READ_ALIGN);
-        struct dsv4_read *read = &load->reads[load->n - 1];
-        if (!load->n || read->file != part->file || read->offset + read->bytes < from) {
+        struct dsv4_read *read = load->n ? &load->reads[load->n - 1] : NULL;
+        if (!read || read->file != part->file || read->offset + read->bytes < from) {
             read = &load->reads[load->n++];
             *read = (struct dsv4_read){part->file, from, 0, base + used};
         }
