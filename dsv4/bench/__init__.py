@@ -16,7 +16,7 @@ from dsv4.bench.measure import Bench
 from dsv4.bench.report import Report, machine
 from dsv4.loading import _Progress, _thread_count
 
-QUICK_REPEATS, REPEATS = 3, 7
+QUICK_REPEATS, REPEATS, LEAST = 3, 7, 3  # pairs of a row; the last, of long rows of a full run
 
 
 def run(
@@ -64,14 +64,15 @@ def run(
         checkpoint = synthetic.build(small, progress=progress)
     with checkpoint, synthetic.load(checkpoint, threads) as loaded:
         disable = os.environ.get("DSV4_CPU_DISABLE") or None
-        bench = Bench(checkpoint, loaded, disable, QUICK_REPEATS if quick else REPEATS)
+        bench = Bench(checkpoint, loaded, disable, QUICK_REPEATS if quick else REPEATS,
+                      1 if quick else LEAST)
         try:
             found = []
             for i, case in enumerate(cases):
                 _say(f"[{i + 1}/{len(cases)}] {case.name}: {case.what}")
                 found.append(case.run(bench, case.name))
             _say("")
-            return Report(machine(bench, published, model, quick), found, bench.work)
+            return Report(machine(bench, published, model, quick), found, bench.details)
         finally:
             _say("")
             bench.close()

@@ -2,7 +2,7 @@
 """Times beside their limits: each measurement stands between two of its limit, seconds apart.
 
 The better of the two limits counts; a row gives the medians of value, limit and ratio over all
-pairs.
+pairs.  A pair whose two limits differ by more than 15 % is unsteady: the report says how many are.
 """
 
 import time
@@ -20,8 +20,8 @@ from dsv4.bench.limits import Limits, Rates
 from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.model import Model, Session
 
-LONG_ROW_SECONDS = 60.0  # after which a row stops at the least number of pairs
-LEAST_PAIRS = 3
+LONG_ROW_SECONDS = 50.0  # a row that would take longer stops at the least number of pairs
+UNSTEADY = 0.15
 PROBED_LAYERS = 8
 
 
@@ -79,15 +79,16 @@ class Bench:
         Of it.
     disable : str or None
         Instruction sets it does not use.
-    repeats : int
-        Pairs of each row.
+    repeats, least : int
+        Pairs of each row, and of rows that take long.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: Model, disable: str | None, repeats: int
+        self, checkpoint: Checkpoint, model: Model, disable: str | None, repeats: int,
+        least: int = 1,
     ) -> None:
         self.checkpoint, self.model = checkpoint, model
-        self.disable, self.repeats = disable, repeats
+        self.disable, self.repeats, self.least = disable, repeats, min(least, repeats)
         self.config = checkpoint.config
         self.threads = model.threads
         self.tensors = list(checkpoint.tensors.values())
@@ -96,7 +97,7 @@ class Bench:
         self.limits = Limits(self._pieces(), disable)
         self.models: dict[str, tuple[Checkpoint, Model]] = {}
         self.touched: dict[int, float] = {}
-        self.work: dict[str, dict[str, float]] = {}
+        self.details: dict[str, dict[str, float]] = {}
         for _ in self.limits.pieces:  # every page is mapped before anything is timed
             self.limits.read(self.threads)
 
@@ -105,9 +106,13 @@ class Bench:
             model.close()
         self.models.clear()
 
-    def note(self, name: str, operations: float, nbytes: float, amount: float) -> None:
-        """What one run of a row does, for the roofline: `amount` is in the row's unit x seconds."""
-        self.work[name] = {"operations": operations, "bytes": nbytes, "amount": amount}
+    def note(self, name: str, **facts: float) -> None:
+        """Keep numbers about a row for the report.
+
+        For the roofline: `operations` and `bytes` of one run, and its `amount` in the row's unit
+        times seconds.
+        """
+        self.details.setdefault(name, {}).update(facts)
 
     # ---- memory ----
 
@@ -128,13 +133,15 @@ class Bench:
     # ---- pairs ----
 
     def pairs(
-        self, run: Callable[[], float], ideal: Callable[[Rates], float | None],
+        self, name: str, run: Callable[[], float], ideal: Callable[[Rates], float | None],
         needs: Sequence[str], threads: int | None = None,
     ) -> list[Pair]:
         """Measurements with limits before and after each.
 
         Parameters
         ----------
+        name : str
+            Of the row.
         run : function
             Does it once; seconds.
         ideal : function of Rates
@@ -146,15 +153,19 @@ class Bench:
         """
         threads = self.threads if threads is None else threads
         found: list[Pair] = []
+        unsteady = 0
         began = time.perf_counter()
-        for _ in range(self.repeats):
+        while len(found) < self.repeats:
             before = self.limits.measure(threads, needs)
             seconds = run()
-            rates = before.best(self.limits.measure(threads, needs))
-            found.append(Pair(seconds, ideal(rates)))
-            late = time.perf_counter() - began > LONG_ROW_SECONDS
-            if late and len(found) >= min(LEAST_PAIRS, self.repeats):
+            after = self.limits.measure(threads, needs)
+            found.append(Pair(seconds, ideal(before.best(after))))
+            unsteady += any(
+                abs(a - b) > UNSTEADY * max(a, b) for a, b in zip(before, after, strict=True))
+            long = time.perf_counter() - began + seconds > LONG_ROW_SECONDS
+            if long and len(found) >= self.least:
                 break
+        self.note(name, pairs=len(found), unsteady=unsteady)
         return found
 
     # ---- steps ----

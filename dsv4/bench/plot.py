@@ -64,20 +64,21 @@ def _roofline(axes: Any, report: Report) -> None:
         axes.text(0.35, 0.35 * read * 1.25, f"{read:.0f} GB/s", rotation=35, fontsize=8)
         axes.text(corner * 2, peak * 1.1, f"{peak:.0f} GFLOP/s", fontsize=8)
     for i, (name, intensity, speed) in enumerate(points):
-        axes.plot(intensity, speed, "o", color=f"C{i % 10}", label=name, markersize=5)
+        axes.plot(intensity, speed, "osD^v"[i // 10 % 5], color=f"C{i % 10}", label=name,
+                  markersize=5, linestyle="")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte read")
     axes.set_ylabel("GFLOP/s")
     axes.grid(True, which="both", alpha=0.2)
     if points:
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=6, loc="lower right", ncols=1 + len(points) // 20)
 
 
 def _points(report: Report) -> Any:
     """(name, operations a byte, GFLOP/s) of the rows whose bytes and operations are known."""
     for row in report.rows:
-        work = report.work.get(row.name)
-        if work is not None:
-            speed = row.value / work["amount"] * work["operations"]
-            yield row.name, work["operations"] / work["bytes"], speed / 1e9
+        facts = report.details.get(row.name, {})
+        if "operations" in facts:
+            speed = row.value / facts["amount"] * facts["operations"]
+            yield row.name, facts["operations"] / facts["bytes"], speed / 1e9

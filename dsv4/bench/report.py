@@ -24,20 +24,28 @@ LOWER = ("x one token", "x bytes and operations", "of a step")  # units of which
 class Report:
     """Everything measured in one run.  `str` is a table, `as_dict` the same for machines.
 
-    work: operations and bytes of one run of a row, and its amount in the row's unit x seconds.
+    details: of a row, how many pairs it is the median of, how many of them were unsteady, and for
+    the roofline the operations and bytes of a run and its amount in the row's unit x seconds.
     """
 
     machine: dict[str, Any]
     rows: Sequence[Row]
-    work: dict[str, dict[str, float]]
+    details: dict[str, dict[str, float]]
 
     def as_dict(self) -> dict[str, Any]:
         return {"machine": self.machine, "rows": [row.as_dict() for row in self.rows],
-                "work": self.work}
+                "details": self.details}
 
     def __str__(self) -> str:
-        return "\n".join([*_heading(self.machine), "", *_table(self.rows), "",
-                          *_bytes(self.machine), "", *_projections(self.machine, self.rows)])
+        return "\n".join([
+            *_heading(self.machine), "", *_table(self.rows), *self._warnings(), "",
+            *_bytes(self.machine), "", *_projections(self.machine, self.rows)])
+
+    def _warnings(self) -> list[str]:
+        """Rows whose limits moved while they were measured."""
+        found = [f"{name} ({n['unsteady']} of {n['pairs']} pairs)"
+                 for name, n in self.details.items() if 2 * n.get("unsteady", 0) > n["pairs"]]
+        return ["limits moved by more than 15 %: " + ", ".join(found)] if found else []
 
 
 def machine(

@@ -52,9 +52,9 @@ def _linear_few(fmt: str, everyone: bool, disable: str) -> Callable[[Bench, str]
         sweep = linears.Sweep(_pool(bench, fmt, 4 * last_level_cache()), 1)
         sweep.seconds(which, threads)
         pairs = bench.pairs(
-            lambda: sweep.seconds(which, threads), lambda r: _share(sweep.nbytes, r.read),
-            ("read",), threads)
-        bench.note(name, sweep.operations, sweep.nbytes, sweep.nbytes / 1e9)
+            name, lambda: sweep.seconds(which, threads),
+            lambda r: _share(sweep.nbytes, r.read), ("read",), threads)
+        bench.note(name, operations=sweep.operations, bytes=sweep.nbytes, amount=sweep.nbytes / 1e9)
         return row(name, sweep.nbytes / 1e9, "GB/s", pairs)
 
     return run
@@ -88,9 +88,9 @@ def _linear_many(bench: Bench, name: str) -> Row:
         return sum(sweep.seconds(kernels[f], bench.threads) for f, sweep in sweeps.items())
 
     once()
-    pairs = bench.pairs(once, lambda r: _share(operations, r.exact), ("exact",))
+    pairs = bench.pairs(name, once, lambda r: _share(operations, r.exact), ("exact",))
     nbytes = sum(sweep.nbytes for sweep in sweeps.values())
-    bench.note(name, operations, nbytes, operations / 1e9)
+    bench.note(name, operations=operations, bytes=nbytes, amount=operations / 1e9)
     return row(name, operations / 1e9, "GFLOP/s", pairs)
 
 
@@ -129,10 +129,10 @@ def _decode(context: int, batch: int = 1, threads: int | None = None) -> Callabl
         with bench.sessions(batch, position, model) as sessions:
             bench.step(sessions, 1)
             pairs = bench.pairs(
-                lambda: bench.step(sessions, 1), ideal, ("read", "exact", "byte"), threads)
+                name, lambda: bench.step(sessions, 1), ideal, ("read", "exact", "byte"), threads)
         linear, work = bench.decode_work(position, batch)
-        bench.note(name, linear + work.dot + work.byte,
-                   sum(bench.decode_bytes(position, batch).values()), batch)
+        bench.note(name, operations=linear + work.dot + work.byte, amount=batch,
+                   bytes=sum(bench.decode_bytes(position, batch).values()))
         return row(name, batch, "tokens/s", pairs)
 
     return run
@@ -179,7 +179,8 @@ def _added(bench: Bench, name: str) -> Row:
         bench.step(near, 1)
         bench.step(far, 1)
         pairs = bench.pairs(
-            lambda: bench.step(far, 1) - bench.step(near, 1), ideal, ("read", "exact", "byte"))
+            name, lambda: bench.step(far, 1) - bench.step(near, 1), ideal,
+            ("read", "exact", "byte"))
     if not all(pair.ideal for pair in pairs):
         return Row(name, median(p.seconds for p in pairs) * 1e3, "ms", None, None)
     value = median(p.seconds / p.ideal for p in pairs if p.ideal)
@@ -240,7 +241,7 @@ def _layer(kind: str) -> Callable[[Bench, str], Row]:
 
         once()
         return row(name, total / 1e9, "GB/s", bench.pairs(
-            once, lambda r: _share(total, r.read), ("read",)))
+            name, once, lambda r: _share(total, r.read), ("read",)))
 
     return run
 
@@ -259,12 +260,13 @@ def _prefill(n: int) -> Callable[[Bench, str], Row]:
         def ideal(rates: Rates) -> float | None:
             return _sum(_share(work.dot, rates.exact), _share(work.byte, rates.byte))
 
-        pairs = bench.pairs(once, ideal, ("exact", "byte"))
+        pairs = bench.pairs(name, once, ideal, ("exact", "byte"))
         passes = -(-tokens // model._core.chunk)
         nbytes = sum(count.weight_bytes(
             tensors, checkpoint.config, tokens, checkpoint.config.n_routed_experts).values())
-        bench.note(name, work.dot + work.byte, passes * nbytes, (work.dot + work.byte) / 1e9)
-        return row(name, (work.dot + work.byte) / 1e9, "GFLOP/s", pairs)
+        operations = work.dot + work.byte
+        bench.note(name, operations=operations, bytes=passes * nbytes, amount=operations / 1e9)
+        return row(name, operations / 1e9, "GFLOP/s", pairs)
 
     return run
 

@@ -64,7 +64,9 @@ def test_every_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert machine["threads"] == 2 and machine["limits"]["read_gb_s"] > 0
     assert machine["model"]["layers"] == 6 and machine["model"]["experts"] == 8
     assert machine["model"]["full_experts"] == 12
-    assert set(told["work"]) <= {row["name"] for row in told["rows"]}
+    names = {row["name"] for row in told["rows"]}
+    assert set(told["details"]) == names - {"step_4tok", "outside", "decode_scaling"}
+    assert all(found["pairs"] == 3 >= found["unsteady"] for found in told["details"].values())
     text = str(found)
     for row in told["rows"]:
         assert f"\n{row['name']} " in text
@@ -95,8 +97,17 @@ def test_the_better_limit_counts(tiny: Checkpoint) -> None:
     with synthetic.load(tiny, 1) as model:
         one = measure.Bench(tiny, model, None, 3)
         one.limits.measure = lambda threads, needs: next(told)  # type: ignore[method-assign]
-        pairs = one.pairs(lambda: 2.0, lambda rates: 6.0 / rates.read, ("read",))
+        pairs = one.pairs("a", lambda: 2.0, lambda rates: 6.0 / rates.read, ("read",))
     assert pairs == [measure.Pair(2.0, 2.0)] * 3
+    assert one.details == {"a": {"pairs": 3, "unsteady": 3}}
+
+
+def test_long_rows_stop_early(tiny: Checkpoint) -> None:
+    with synthetic.load(tiny, 1) as model:
+        for least in (1, 2):
+            one = measure.Bench(tiny, model, None, 7, least)
+            assert len(one.pairs("a", lambda: 1e3, lambda rates: 1.0, ())) == least
+            assert len(one.pairs("b", lambda: 1e-3, lambda rates: 1.0, ())) == 7
 
 
 # ---- the command ----
@@ -149,13 +160,21 @@ def some_report() -> report.Report:
     made = [measure.Row("linear_fp8_1tok_1t", 20.0, "GB/s", 25.0, 0.8),
             measure.Row("prefill_2k", 300.0, "GFLOP/s", None, None),
             measure.Row("step_4tok", 1.5, "x one token", 1.0, 1.5)]
-    work = {"linear_fp8_1tok_1t": {"operations": 2e9, "bytes": 1e9, "amount": 1.0}}
+    details = {
+        "linear_fp8_1tok_1t": {
+            "operations": 2e9, "bytes": 1e9, "amount": 1.0, "pairs": 3, "unsteady": 2},
+        "prefill_2k": {"pairs": 3, "unsteady": 1}}
     machine = {
         "cpu": "a processor", "threads": 2, "date": "2026-01-01", "commit": None,
         "limits": {"read_gb_s": 25.0, "exact_gflop_s": 500.0},
         "model": {"dimensions": "V4-Flash", "layers": 4, "experts": 8},
     }
-    return report.Report(machine, made, work)
+    return report.Report(machine, made, details)
+
+
+def test_unsteady_limits_are_named() -> None:
+    assert some_report()._warnings() == [
+        "limits moved by more than 15 %: linear_fp8_1tok_1t (2 of 3 pairs)"]
 
 
 def test_plot(tmp_path: Path) -> None:
