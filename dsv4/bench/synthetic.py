@@ -382,7 +382,7 @@ def _fill(
         for info in infos:
             if stop.is_set():
                 break
-            _write(shard.fd, info, sizes[info.name], config, pools, rng)
+            _write(shard.fd, info, sizes[info.name], config, pools, rng, stop)
         return sum(sizes[info.name] for info in infos)
 
     workers = min(4, len(os.sched_getaffinity(0)))
@@ -402,7 +402,8 @@ def _fill(
 
 
 def _write(
-    fd: int, info: TensorInfo, n: int, config: Config, pools: _Pools, rng: np.random.Generator
+    fd: int, info: TensorInfo, n: int, config: Config, pools: _Pools, rng: np.random.Generator,
+    stop: threading.Event,
 ) -> None:
     kind = _kind(info.name, info.dtype, info.shape)
     if kind is None:
@@ -410,7 +411,7 @@ def _write(
         return
     pool = memoryview(pools.get(*kind))  # type: ignore[arg-type]
     at = 0
-    while at < n:
+    while at < n and not stop.is_set():
         piece = min(PIECE_BYTES, n - at, len(pool))
         first = int(rng.integers(0, (len(pool) - piece) // 4 + 1)) * 4
         _write_all(fd, pool[first : first + piece], info.offset + at)
