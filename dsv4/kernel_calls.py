@@ -74,8 +74,8 @@ class PoolArgs(Structure):
 class IndexScoresArgs(Structure):
     _fields_ = [
         ("scores", c_void_p), ("q", c_void_p), ("keys", c_void_p), ("head_w", c_void_p),
-        ("scratch", c_void_p), ("w_scale", c_float), ("n_key", c_int32), ("n_head", c_int32),
-        ("d_index", c_int32),
+        ("scratch", c_void_p), ("w_scale", c_float), ("n_key", c_int32), ("block_keys", c_int32),
+        ("n_head", c_int32), ("d_index", c_int32),
     ]
 
 
@@ -376,9 +376,11 @@ def index_scores(v: Any, q: Array, keys: Array, head_w: Array, w_scale: float, d
     """uint8 index rows [heads, row] and [n, row], uint16 [heads] -> f32 [n]."""
     out = np.empty(len(keys), np.float32)
     scratch = aligned(64 * (len(q) + 64) * (d // 32 * 9 + 8))
-    kept = [np.ascontiguousarray(q), np.ascontiguousarray(keys), u16(head_w), scratch]
+    keys = np.ascontiguousarray(keys)
+    run = np.array([keys.ctypes.data], np.uint64)
+    kept = [np.ascontiguousarray(q), run, u16(head_w), scratch]
     v(IndexScoresArgs(
-        pointer(out), *map(pointer, kept), float(w_scale), len(keys), len(q), d))
+        pointer(out), *map(pointer, kept), float(w_scale), len(keys), max(1, len(keys)), len(q), d))
     return out
 
 

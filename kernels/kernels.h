@@ -210,7 +210,7 @@ typedef void dsv4k_pool_fn(const struct dsv4_pool_args *a);
 /* -------------------------------------------------------------------------------------------------- indexer, SPEC 3.6 */
 
 /*
- * scores[s] (f32 holding bf16 values) of n_key contiguous index rows for one token's n_head query rows.  Per head:
+ * scores[s] (f32 holding bf16 values) of n_key index rows for one token's n_head query rows.  Per head:
  * acc = 0; for the blocks of 32 ascending acc = fmaf(f32(sum of (2q)(2k), an exact integer), 2^e, acc) with
  * e = clamp(eq + ek - 2, -126, 127), eq and ek the unbiased exponents; a scale byte 255 makes the score NaN;
  * t = bf16(acc); t = t > 0 ? t : (t is NaN ? NaN : 0); t = bf16(w * t), w = bf16(head_w * w_scale); heads ascending,
@@ -219,11 +219,11 @@ typedef void dsv4k_pool_fn(const struct dsv4_pool_args *a);
 struct dsv4_index_scores_args {
     float *scores;
     const uint8_t *q;        /* [n_head] index rows */
-    const uint8_t *keys;     /* [n_key] index rows */
+    const uint8_t *const *keys; /* runs of block_keys index rows: key s is row s % block_keys of keys[s / block_keys] */
     const dsv4_bf16 *head_w; /* [n_head] */
     void *scratch;           /* DSV4_INDEX_SCRATCH(n_head, d_index) bytes, 64-byte aligned */
     float w_scale;
-    int32_t n_key, n_head, d_index;
+    int32_t n_key, block_keys, n_head, d_index;
 };
 #define DSV4_INDEX_SCRATCH(n_head, d_index) ((size_t)64 * ((size_t)(n_head) + 64) * ((size_t)(d_index) / 32 * 9 + 8))
 typedef void dsv4k_index_scores_fn(const struct dsv4_index_scores_args *a);

@@ -17,22 +17,22 @@ int dsv4_scores(const struct dsv4_pass *p, int32_t layer) {
     return 0;
 }
 
-/* Scores of entries [first, end) for token t, block by block of the session's rows. */
+/* Scores of entries [first, end) for token t, a page of the session's blocks per call; `first` begins a block. */
 static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, int32_t first, int32_t end,
                   float *scores) {
     const struct dsv4_config *c = &p->m->config;
     const struct dsv4_row_store *keys = &p->pieces[p->piece_of[t]].kv->layers[layer].index;
+    const int32_t per_page = DSV4_ROWS_PER_BLOCK * DSV4_BLOCKS_PER_PAGE;
     dsv4_lap(w, p, DSV4_PHASE_OTHER);
-    for (int32_t s = first; s < end && !dsv4_cancelled(w);) {
-        int32_t block_end = (s / DSV4_ROWS_PER_BLOCK + 1) * DSV4_ROWS_PER_BLOCK;
-        int32_t n = (block_end < end ? block_end : end) - s;
+    for (int32_t s = first, n; s < end && !dsv4_cancelled(w); s += n) {
+        const uint8_t *const *blocks = (const uint8_t *const *)keys->pages[s / per_page]->rows;
+        n = per_page - s % per_page < end - s ? per_page - s % per_page : end - s;
         p->m->k.index_scores(&(struct dsv4_index_scores_args){
             .scores = scores + s, .q = p->ws->index_q_rows + (size_t)t * (size_t)c->index_n_heads * p->m->index_row,
-            .keys = dsv4_row(keys, s), .head_w = p->ws->index_w + t * c->index_n_heads,
+            .keys = blocks + s % per_page / DSV4_ROWS_PER_BLOCK, .head_w = p->ws->index_w + t * c->index_n_heads,
             .scratch = dsv4_scratch(w, p, p->ws->at_kernel), .w_scale = p->m->index_w_scale, .n_key = n,
-            .n_head = c->index_n_heads, .d_index = c->index_head_dim,
+            .block_keys = DSV4_ROWS_PER_BLOCK, .n_head = c->index_n_heads, .d_index = c->index_head_dim,
         });
-        s += n;
     }
     dsv4_lap(w, p, DSV4_PHASE_INDEXER);
 }

@@ -38,9 +38,10 @@ unsigned dsv4k_cpu_features(void) {
     if ((xcr0 & XCR0_ZMM) != XCR0_ZMM || !(f && dq && bw && vl))
         return found;
     found |= DSV4_SET_AVX512;
-    if (bit(c7, 11))
-        found |= DSV4_SET_AVX512VNNI;
-    if (bit(a71, 5))
+    if (!bit(c7, 11))
+        return found;
+    found |= DSV4_SET_AVX512VNNI;
+    if (bit(a71, 5)) /* no processor has it without the other */
         found |= DSV4_SET_AVX512BF16;
     return found;
 }

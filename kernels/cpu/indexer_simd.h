@@ -25,6 +25,9 @@
  *   sum_start(bias), sum_add(s, k, q), sum_finish(s, bias)   bias + sum of products of bytes
  *   load_codes(codes, keys, row_bytes, n_block, n)
  *                             LANES keys (n exist) as bytes 2k + 12: [n_block][STEPS], a dword each
+ *
+ * and may define FOLD_KEYS, a number of keys whose scores it finds faster where their scales allow;
+ * then it gives after the include the two functions that are declared below for that.
  */
 #ifndef DSV4_INDEXER_SIMD_H
 #define DSV4_INDEXER_SIMD_H
@@ -51,33 +54,59 @@ struct query_block {
 };
 
 struct work {
+    const struct dsv4_index_scores_args *a;
     struct query_block *q; /* [n_group][n_block] */
     float *weight;         /* [n_group][GROUP], 0 beyond n_head */
     uint8_t *codes;        /* [KEY_VECS][n_block][STEPS][LANES][4] */
     int32_t *exponent;     /* [KEY_VECS][n_block][LANES]: byte << FIELD */
-    int32_t *nan;          /* [KEY_VECS][LANES]: -1 where a scale byte is 255 */
+    int32_t *nan_keys;     /* [KEY_VECS][LANES]: -1 where a scale byte is 255 */
     size_t n_group, n_block, row_bytes;
     int32_t low, high; /* exponents of keys within give normal scales with every query block */
+    int loaded, nan;   /* whether q and weight are there; whether a scale of a query is NaN */
+    uint8_t *rest;     /* what is left of the scratch, 64-byte aligned */
+    int half;          /* where the tile loaded last is */
 };
 
+/* Keys in a row and where their scores go. */
+struct tile {
+    const uint8_t *keys;
+    float *scores;
+    size_t n; /* 0: none */
+};
+
+#ifdef FOLD_KEYS
+/* Looks at the queries once; returns whether they can be scored so at all. */
+static int fold_queries(struct work *w);
+
+/* Loads the first of some tiles of at most FOLD_KEYS; returns whether it can be scored so. */
+static int fold_keys(struct work *w, const struct tile *t);
+
+/* Scores the tile loaded last and loads the next meanwhile; returns whether that one can be scored
+ * so. */
+static int fold_scores(struct work *w, const struct tile *t, const struct tile *next);
+#endif
+
 static struct work cut(const struct dsv4_index_scores_args *a) {
-    struct work w;
+    struct work w = {.a = a};
     w.n_group = ((size_t)a->n_head + GROUP - 1) / GROUP;
     w.n_block = (size_t)a->d_index / DSV4_INDEX_GROUP;
     w.row_bytes = dsv4_index_row_bytes(a->d_index);
     w.codes = a->scratch;
     w.exponent = (int32_t *)(void *)(w.codes + TILE_KEYS * w.n_block * DSV4_INDEX_GROUP);
-    w.nan = w.exponent + TILE_KEYS * w.n_block;
-    w.q = (struct query_block *)(void *)(w.nan + TILE_KEYS);
+    w.nan_keys = w.exponent + TILE_KEYS * w.n_block;
+    w.q = (struct query_block *)(void *)(w.nan_keys + TILE_KEYS);
     w.weight = (float *)(void *)(w.q + w.n_group * w.n_block);
+    w.rest = (uint8_t *)a->scratch +
+             ((size_t)((uint8_t *)(w.weight + w.n_group * GROUP) - (uint8_t *)a->scratch) + 63) /
+                 64 * 64;
     assert((uintptr_t)a->scratch % 64 == 0 && a->d_index % DSV4_INDEX_GROUP == 0);
-    assert((char *)(w.weight + w.n_group * GROUP) <=
-           (char *)a->scratch + DSV4_INDEX_SCRATCH(a->n_head, a->d_index));
+    assert(w.rest <= (uint8_t *)a->scratch + DSV4_INDEX_SCRATCH(a->n_head, a->d_index));
     return w;
 }
 
-/* Returns whether a scale of a query is NaN. */
-static int load_queries(struct work *w, const struct dsv4_index_scores_args *a) {
+static void load_queries(struct work *w) {
+    static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const struct dsv4_index_scores_args *a = w->a;
     int lowest = 254, highest = 0, nan = 0;
     memset(w->q, 0, w->n_group * w->n_block * sizeof *w->q);
     memset(w->weight, 0, w->n_group * GROUP * sizeof *w->weight);
@@ -88,12 +117,13 @@ static int load_queries(struct work *w, const struct dsv4_index_scores_args *a) 
         for (size_t b = 0; b < w->n_block; b++) {
             struct query_block *q = w->q + h / GROUP * w->n_block + b;
             int sum = 0;
-            for (size_t i = 0; i < DSV4_INDEX_GROUP; i++) {
-                /* byte i of the nibble order: step i / 4 is dword i / 8, low nibbles first */
-                uint8_t code = row[b * 16 + i / 8 * 4 + i % 4];
-                int twice = dsv4_e2m1_twice(i / 4 % 2 ? code >> 4 : code & 15);
-                ((int8_t *)&q->codes[i / 4][h % GROUP])[i % 4] = (int8_t)twice;
-                sum += twice;
+            /* step i is dword i / 2 of the codes, low nibbles first */
+            for (size_t i = 0; i < STEPS; i++) {
+                int8_t *out = (int8_t *)&q->codes[i][h % GROUP];
+                for (size_t j = 0; j < 4; j++) {
+                    out[j] = twice[row[b * 16 + i / 2 * 4 + j] >> 4 * (i % 2) & 15];
+                    sum += out[j];
+                }
             }
             q->bias[h % GROUP] = -12 * sum;
             q->exponent[h % GROUP] = (scale[b] - 129) * (1 << FIELD);
@@ -104,7 +134,8 @@ static int load_queries(struct work *w, const struct dsv4_index_scores_args *a) 
     }
     w->low = (130 - lowest) * (1 << FIELD);
     w->high = (highest > 129 ? 383 - highest : 254) * (1 << FIELD);
-    return nan;
+    w->nan = nan;
+    w->loaded = 1;
 }
 
 /*
@@ -148,8 +179,8 @@ static int load_keys(const struct work *w, const uint8_t *keys, size_t n) {
         size_t exist = n - v * LANES < LANES ? n - v * LANES : LANES;
         load_codes(w->codes + v * w->n_block * STEPS * LANES * 4, part, w->row_bytes, w->n_block,
                    exist);
-        clamp |=
-            load_scales(w, w->exponent + v * w->n_block * LANES, w->nan + v * LANES, part, exist);
+        clamp |= load_scales(w, w->exponent + v * w->n_block * LANES, w->nan_keys + v * LANES, part,
+                             exist);
     }
     return clamp;
 }
@@ -213,33 +244,66 @@ score_group(const struct work *w, size_t group, vec score[KEY_VECS], const int c
     }
 }
 
+/* Scores of n <= TILE_KEYS keys, block by block. */
+static void tile_scores(struct work *w, float *scores, const uint8_t *keys, size_t n) {
+    if (!w->loaded) {
+        load_queries(w);
+        memset(w->codes, 0,
+               TILE_KEYS * (w->n_block * (DSV4_INDEX_GROUP + 4) + 4)); /* keys, scales */
+    }
+    int clamp = load_keys(w, keys, n);
+    vec score[KEY_VECS];
+    UNROLL
+    for (size_t v = 0; v < KEY_VECS; v++)
+        score[v] = v_zero();
+    if (clamp)
+        for (size_t g = 0; g < w->n_group; g++)
+            score_group(w, g, score, 1);
+    else
+        for (size_t g = 0; g < w->n_group; g++)
+            score_group(w, g, score, 0);
+    UNROLL
+    for (size_t v = 0; v < KEY_VECS; v++) {
+        size_t exist = n <= v * LANES ? 0 : n - v * LANES < LANES ? n - v * LANES : LANES;
+        ivec nan = w->nan ? i_set1(-1) : i_load(w->nan_keys + v * LANES);
+        v_store_scores(scores + v * LANES, score[v], nan, exist);
+    }
+}
+
+/* The keys from s on, as many as lie in a row and fill a tile. */
+static struct tile tile_at(const struct work *w, size_t s, size_t most) {
+    const struct dsv4_index_scores_args *a = w->a;
+    size_t n_key = (size_t)a->n_key, block = (size_t)a->block_keys;
+    if (s >= n_key)
+        return (struct tile){NULL, NULL, 0};
+    size_t run = block - s % block, left = n_key - s, n = left < most ? left : most;
+    return (struct tile){a->keys[s / block] + s % block * w->row_bytes, a->scores + s,
+                         n < run ? n : run};
+}
+
 static void index_scores(const struct dsv4_index_scores_args *a) {
     struct work w = cut(a);
-    if (load_queries(&w, a)) {
-        for (int32_t s = 0; s < a->n_key; s++)
-            a->scores[s] = dsv4_f32_from_bits(0x7fc00000u);
-        return;
-    }
-    memset(w.codes, 0, TILE_KEYS * (w.n_block * (DSV4_INDEX_GROUP + 4) + 4)); /* keys and scales */
-    for (size_t s = 0; s < (size_t)a->n_key; s += TILE_KEYS) {
-        size_t left = (size_t)a->n_key - s, n = left < TILE_KEYS ? left : TILE_KEYS;
-        int clamp = load_keys(&w, a->keys + s * w.row_bytes, n);
-        vec score[KEY_VECS];
-        UNROLL
-        for (size_t v = 0; v < KEY_VECS; v++)
-            score[v] = v_zero();
-        if (clamp)
-            for (size_t g = 0; g < w.n_group; g++)
-                score_group(&w, g, score, 1);
-        else
-            for (size_t g = 0; g < w.n_group; g++)
-                score_group(&w, g, score, 0);
-        UNROLL
-        for (size_t v = 0; v < KEY_VECS; v++) {
-            size_t exist = n <= v * LANES ? 0 : n - v * LANES < LANES ? n - v * LANES : LANES;
-            v_store_scores(a->scores + s + v * LANES, score[v], i_load(w.nan + v * LANES), exist);
+#ifdef FOLD_KEYS
+    int fold = fold_queries(&w);
+    struct tile t = tile_at(&w, 0, FOLD_KEYS), next;
+    for (int loaded = fold && fold_keys(&w, &t); t.n; t = next) {
+        next = tile_at(&w, (size_t)(t.scores - a->scores) + t.n, FOLD_KEYS);
+        if (loaded) {
+            loaded = fold_scores(&w, &t, &next);
+            continue;
         }
+        for (size_t i = 0; i < t.n; i += TILE_KEYS) {
+            size_t left = t.n - i;
+            tile_scores(&w, t.scores + i, t.keys + i * w.row_bytes,
+                        left < TILE_KEYS ? left : TILE_KEYS);
+        }
+        loaded = fold && fold_keys(&w, &next);
     }
+#else
+    for (struct tile t = tile_at(&w, 0, TILE_KEYS); t.n;
+         t = tile_at(&w, (size_t)(t.scores - a->scores) + t.n, TILE_KEYS))
+        tile_scores(&w, t.scores, t.keys, t.n);
+#endif
 }
 
 #endif

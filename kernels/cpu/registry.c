@@ -58,7 +58,8 @@
 #if defined(DSV4_HAVE_AVX512BF16)
 #define AVX512BF16_LISTS(X) \
     X(avx512bf16, linear) \
-    X(avx512bf16, attention)
+    X(avx512bf16, attention) \
+    X(avx512bf16, indexer)
 #else
 #define AVX512BF16_LISTS(X)
 #endif

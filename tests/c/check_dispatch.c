@@ -69,7 +69,7 @@ void check_dispatch(void) {
     check_mask("", NULL, 0);
     check_mask("avx2", all, 4);
     check_mask("avx512", all + 1, 3);
-    check_mask("avx512vnni", all + 2, 1);
+    check_mask("avx512vnni", all + 2, 2);
     check_mask("avx512bf16", all + 3, 1);
     check_mask("avx512vnni,avx512bf16", all + 2, 2);
     check_unknown("sse9", 0);

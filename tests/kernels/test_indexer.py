@@ -29,16 +29,18 @@ def index_rows(x):
     return np.stack(rows).reshape(*x.shape[:-1], -1)
 
 
-def score(v, q, keys, head_w, w_scale=1.0):
+def score(v, q, keys, head_w, w_scale=1.0, block=7):
     """Index rows q [heads, bytes], keys [n, bytes], bf16 head_w [heads] -> float32 [n]."""
     q, keys, head_w = (np.ascontiguousarray(a) for a in (q, keys, head_w))
+    runs = [keys[i : i + block].copy() for i in range(0, len(keys), block)]
+    table = np.array([r.ctypes.data for r in runs], np.uint64)
     d_index = q.shape[1] // 17 * 32
     out = np.full(len(keys) + 1, 7, np.float32)
     scratch = aligned(64 * (len(q) + 64) * (d_index // 32 * 9 + 8))
     v(
         IndexScoresArgs(
-            pointer(out), pointer(q), pointer(keys), pointer(head_w), pointer(scratch),
-            float(w_scale), len(keys), len(q), d_index,
+            pointer(out), pointer(q), pointer(table), pointer(head_w), pointer(scratch),
+            float(w_scale), len(keys), block, len(q), d_index,
         )
     )
     assert out[-1] == 7

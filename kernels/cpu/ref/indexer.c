@@ -36,7 +36,7 @@ static void dsv4k_index_scores_ref(const struct dsv4_index_scores_args *a) {
     size_t row = dsv4_index_row_bytes(a->d_index), codes = (size_t)a->d_index / 2;
     assert(a->d_index > 0 && a->d_index % DSV4_INDEX_GROUP == 0);
     for (int32_t s = 0; s < a->n_key; s++) {
-        const uint8_t *k = a->keys + (size_t)s * row;
+        const uint8_t *k = a->keys[s / a->block_keys] + (size_t)(s % a->block_keys) * row;
         float score = 0.0f;
         for (int32_t h = 0; h < a->n_head; h++) {
             const uint8_t *q = a->q + (size_t)h * row;
