@@ -13,7 +13,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -150,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, metavar="N", help="by default one per processor")
     bench.add_argument("--only", action="append", metavar="NAME", help="this row; may be repeated")
     bench.add_argument("--plot", metavar="FILE.png", help="bars and a roofline")
+    bench.add_argument(
+        "--peers", metavar="FILE", help="add the rows that tests/bench/peers.py --json printed")
     bench.set_defaults(run=_bench)
     for command in (generate, chat, info, verify, bench):
         command.add_argument("--json", action="store_true", help="for machines")
@@ -422,18 +424,20 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from dsv4 import bench
-    from dsv4.bench import plot
+    from dsv4.bench import plot, report
 
     try:
         bench.check(args.model, args.quick, args.experts, args.threads, args.only or ())
+        peers = report.read_peers(args.peers) if args.peers else []
     except ValueError as error:
         raise _Usage(str(error)) from None
     if args.plot:
         plot.check()
-    report = bench.run(
+    found = bench.run(
         args.model, quick=args.quick, experts=args.experts, threads=args.threads,
         only=args.only or ())
-    print(json.dumps(report.as_dict()) if args.json else report)
+    found = replace(found, rows=[*found.rows, *peers])
+    print(json.dumps(found.as_dict()) if args.json else found)
     if args.plot:
-        plot.draw(report, args.plot)
+        plot.draw(found, args.plot)
     return 0

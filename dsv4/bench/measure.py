@@ -29,7 +29,8 @@ PROBED_LAYERS = 8
 class Row:
     """One result.  `limit` and `ratio` are None where this machine has no such limit.
 
-    ratio is value / limit; `peer` is what another engine reached, where that was measured.
+    ratio is value / limit; `peer` names another engine that did the same beside it, `peer_ratio` is
+    how many times as fast dsv4 was.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Row:
     unit: str
     limit: float | None
     ratio: float | None
-    peer: float | None = None
+    peer: str | None = None
     peer_ratio: float | None = None
 
     def as_dict(self) -> dict[str, Any]:

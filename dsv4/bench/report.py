@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the bench shows: the machine, a table of rows, bytes by class, projections; or JSON."""
 
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,39 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([
-            *_heading(self.machine), "", *_table(self.rows), *self._warnings(), "",
+            *_heading(self.machine), "", *_table([row for row in self.rows if not row.peer]),
+            *self._warnings(), *self._peers(), "",
             *_bytes(self.machine), "", *_projections(self.machine, self.rows)])
+
+    def _peers(self) -> list[str]:
+        found = [row for row in self.rows if row.peer]
+        return ["", *_table(found)] if found else []
 
     def _warnings(self) -> list[str]:
         """Rows whose limits moved while they were measured."""
         found = [f"{name} ({n['unsteady']} of {n['pairs']} pairs)"
                  for name, n in self.details.items() if 2 * n.get("unsteady", 0) > n["pairs"]]
         return ["limits moved by more than 15 %: " + ", ".join(found)] if found else []
+
+
+def read_peers(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows that `tests/bench/peers.py --json` printed into a file.
+
+    Raises
+    ------
+    ValueError
+        It has no such rows.
+    OSError
+        It cannot be read.
+    """
+    names = [field.name for field in fields(Row)]
+    try:
+        found = [Row(**{name: row[name] for name in names})
+                 for row in json.loads(Path(path).read_text())["rows"]]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(
+            f"peers: {os.fspath(path)} is not what tests/bench/peers.py --json prints") from None
+    return found
 
 
 def machine(
@@ -158,11 +184,14 @@ def bar(ratio: float, width: int = 20) -> str:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     width = max([len(row.name) for row in rows], default=4)
-    lines = [f"{'':{width}}  {'measured':>10}  {'limit':>10}  ratio"]
+    peers = any(row.peer for row in rows)
+    lines = [f"{'':{width}}  {'measured':>10}  {'limit':>10}  ratio{peers * '  times as fast as'}"]
     for row in rows:
         limit = "-" if row.limit is None else number(row.limit)
         ratio = "    -" if row.ratio is None else f"{row.ratio:5.2f}"
         shown = "" if row.ratio is None or row.unit in LOWER else f"  {bar(row.ratio)}"
+        if peers:
+            shown = "" if row.peer_ratio is None else f"  {row.peer_ratio:5.2f} {row.peer}"
         less = "  (less is better)" if row.unit in LOWER else ""
         lines.append(f"{row.name:{width}}  {number(row.value):>10}  {limit:>10}  {ratio}"
                      f"{shown}  {row.unit}{less}")

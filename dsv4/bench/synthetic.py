@@ -385,7 +385,7 @@ def _fill(
             _write(shard.fd, info, sizes[info.name], config, pools, rng, stop)
         return sum(sizes[info.name] for info in infos)
 
-    workers = min(4, len(os.sched_getaffinity(0)))
+    workers = min(16, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as executor:
         try:
             jobs = [

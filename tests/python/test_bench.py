@@ -113,15 +113,25 @@ def test_long_rows_stop_early(tiny: Checkpoint) -> None:
 # ---- the command ----
 
 def test_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(synthetic, "published", lambda model: TINY)
     flags = ["bench", "--quick", "--threads", "1", "--only", "layer_csa"]
     assert main(flags) == 0
     out = capsys.readouterr()
     assert "layer_csa" in out.out and "limits: read" in out.out and out.err == ""
+    peer = {"name": "ggml_fp4", "value": 20.0, "unit": "GB/s", "limit": 40.0, "ratio": 0.5,
+            "peer": "ggml 1.0", "peer_ratio": 1.7}
+    (tmp_path / "peers.json").write_text(json.dumps({"rows": [{**peer, "threads": 2}]}))
+    flags += ["--peers", str(tmp_path / "peers.json")]
     assert main([*flags, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["name"] == "layer_csa"
+    rows_told = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["name"] for row in rows_told] == ["layer_csa", "ggml_fp4"] and rows_told[1] == peer
+    assert main(flags) == 0
+    assert "1.70 ggml 1.0" in capsys.readouterr().out
+    (tmp_path / "peers.json").write_text('{"rows": [{}]}')
+    assert main(flags) == 2
+    assert "is not what tests/bench/peers.py --json prints" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
