@@ -21,6 +21,7 @@ import datetime
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -51,13 +52,15 @@ def kt(o: argparse.Namespace) -> list[common.Row]:
 def llamacpp(o: argparse.Namespace) -> list[common.Row]:
     from peer import llamacpp
 
-    return llamacpp.measure(o.threads, o.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        return llamacpp.measure(o.threads, o.rounds, o.folder or Path(folder))
 
 
 def transformers(o: argparse.Namespace) -> list[common.Row]:
     from peer import eager
 
-    return eager.measure(o.threads, o.rounds, o.only)
+    with tempfile.TemporaryDirectory() as folder:
+        return eager.measure(o.threads, o.rounds, o.only, o.folder or Path(folder))
 
 
 PEERS: dict[str, Callable[[argparse.Namespace], list[common.Row]]] = {
@@ -76,6 +79,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11, help="samples of each side, at least 7")
     parser.add_argument("--tokens", type=int, default=384, help="of ggml-prefill")
     parser.add_argument("--only", help="ggml: fp4, fp8 or bf16; transformers: a model")
+    parser.add_argument(
+        "--folder", type=Path,
+        help="where the end-to-end models are written and kept (default: not kept)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     if unknown := set(options.peer) - set(PEERS):
