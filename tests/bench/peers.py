@@ -53,7 +53,7 @@ def llamacpp(o: argparse.Namespace) -> list[common.Row]:
     from peer import llamacpp
 
     with tempfile.TemporaryDirectory() as folder:
-        return llamacpp.measure(o.threads, o.rounds, o.folder or Path(folder))
+        return llamacpp.measure(o.threads, o.rounds, o.only, o.folder or Path(folder))
 
 
 def transformers(o: argparse.Namespace) -> list[common.Row]:
@@ -78,7 +78,7 @@ def main() -> int:
         help="of both sides (default: every CPU this process may use)")
     parser.add_argument("--rounds", type=int, default=11, help="samples of each side, at least 7")
     parser.add_argument("--tokens", type=int, default=384, help="of ggml-prefill")
-    parser.add_argument("--only", help="ggml: fp4, fp8 or bf16; transformers: a model")
+    parser.add_argument("--only", help="ggml: fp4, fp8 or bf16; end to end: decode or prefill")
     parser.add_argument(
         "--folder", type=Path,
         help="where the end-to-end models are written and kept (default: not kept)")

@@ -4,9 +4,9 @@
 kt-kernel's extension is loaded straight from the installed package, without torch.  Its worker
 threads and the thread of its queue spin for as long as they live, so it has a process of its own,
 which is stopped (SIGSTOP) while dsv4 is measured, and one CPU is left to the queue: on two CPUs
-both sides run with one thread (with two, kt-kernel is several times slower).  Both sides: top 6 of a pool of experts that no cache
-holds, SwiGLU clamped at 10, bf16 in and out, no router, no shared expert; the same bytes.  Ours is
-rounded to FP8 between the products, as the official code does.
+both sides run with one thread (with two, kt-kernel is several times slower).  Both sides: top 6 of
+a pool of experts that no cache holds, SwiGLU clamped at 10, bf16 in and out, no router, no shared
+expert; the same bytes.  Ours is rounded to FP8 between the products, as the official code does.
 """
 
 import importlib.util
