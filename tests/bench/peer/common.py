@@ -5,7 +5,6 @@ import ctypes
 import mmap
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine"), str(ROOT / "tests")]
+from dsv4 import _core, kernel_calls
 
-from dsv4 import _core, kernel_calls  # noqa: E402
+ROOT = Path(__file__).resolve().parents[3]
 
 Array = npt.NDArray[Any]
 MIN_ROUNDS = 7

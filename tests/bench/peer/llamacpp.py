@@ -9,24 +9,18 @@ behind it.  Before anything is timed the logits of both are compared.
 
 import ctypes
 import importlib.util
-import sys
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-import dsv4
 from dsv4 import nano
-from peer import common, synthetic
+from peer import common, synthetic, whole
 from peer.common import Array, Row
 from peer.ggml import INSTALL
 
 RATIOS, EXPERTS, VOCAB = [0, 4, 128], 16, 16384
-PROMPT, DECODE = 384, 8  # tokens of one sample
 CONTEXT = 2048
 
 NAMES = {  # official name inside layers.N. -> GGUF name inside blk.N., both without .weight
@@ -168,27 +162,10 @@ def write_gguf(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-# ---- both engines ----
-
-class Ours:
-    """dsv4: a prompt in a new session, then single tokens."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.model = dsv4.load(folder, threads=threads)
-        self.session = self.model.session()
-
-    def prefill(self, ids: Array) -> Array:
-        """Logits of the last token."""
-        self.session = self.model.session()
-        return np.asarray(self.session.append(ids, logits="last")[0])
-
-    def decode(self, token: int) -> Array:
-        """Logits of the token."""
-        return np.asarray(self.session.append([token], logits="last")[0])
-
+# ---- the engine ----
 
 class Theirs:
-    """The same through llama.cpp's C API, as its own bindings declare it."""
+    """A prompt and single tokens through llama.cpp's C API, as its own bindings declare it."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import llama_cpp as api
@@ -202,7 +179,8 @@ class Theirs:
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, PROMPT, PROMPT
+        params.n_ctx = CONTEXT
+        params.n_batch = params.n_ubatch = whole.PROMPT
         params.n_seq_max, params.n_threads, params.n_threads_batch = 1, threads, threads
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
@@ -236,35 +214,6 @@ class Theirs:
         return self.step(np.array([token]))
 
 
-def cosine(a: Array, b: Array) -> float:
-    """1 where two vectors point the same way."""
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
-
-
-def alike(ours: Ours, theirs: Theirs, prompt: Array) -> float:
-    """The mean cosine of the logits after a prompt and some tokens.
-
-    Q8_0 is not FP8, llama.cpp rounds neither activations nor rows of KV as the official code does,
-    and made-up weights route many tokens by a hair: about 0.9, where unrelated models give 0.
-    """
-    pairs = [(ours.prefill(prompt), theirs.prefill(prompt))]
-    pairs += [(ours.decode(t), theirs.decode(t)) for t in prompt[:DECODE]]
-    return float(np.mean([cosine(a, b) for a, b in pairs]))
-
-
-def timed(engine: Ours | Theirs, pieces: list[Array], i: int) -> float:
-    """Seconds per token of piece i: token by token, or as a prompt if it is the only one."""
-    time.sleep(0.02)  # the other side's threads go to sleep
-    ids = pieces[i % len(pieces)]
-    start = time.perf_counter()
-    if len(pieces) == 1:
-        engine.prefill(ids)
-    else:
-        for token in ids:
-            engine.decode(int(token))
-    return (time.perf_counter() - start) / len(ids)
-
-
 def measure(threads: int, rounds: int, only: str | None, folder: Path) -> list[Row]:
     """Decode and prefill, or one of them; the files are kept in `folder`."""
     for package in ("llama_cpp", "gguf"):
@@ -275,27 +224,9 @@ def measure(threads: int, rounds: int, only: str | None, folder: Path) -> list[R
     if b"deepseek4" not in (Path(spec.origin).parent / "lib" / "libllama.so").read_bytes():
         raise common.Missing("this llama.cpp does not know deepseek4: llama-cpp-python >= 0.3.36")
     config = synthetic.flash(RATIOS, EXPERTS, VOCAB)
-    ours = Ours(synthetic.write(folder / "flash", config), threads)
-    theirs = Theirs(write_gguf(folder / "flash.gguf", config), threads)
-    prompt = np.random.default_rng(5).integers(0, VOCAB, PROMPT)
-    same = alike(ours, theirs, prompt)
-    if same < 0.7:
-        raise RuntimeError(f"cosine of both engines' logits: got {same:.3f}, at least 0.7 wanted")
-    peer = f"llama.cpp (llama-cpp-python {common.version('llama-cpp-python')})"
-    rows = []
-    pieces = {
-        "decode": [prompt[i : i + DECODE] for i in range(0, PROMPT, DECODE)], "prefill": [prompt],
-    }
-    for what, cut in pieces.items():
-        if only and only != what:
-            continue
-        samples = common.alternate(
-            {"ours": partial(timed, ours, cut), "peer": partial(timed, theirs, cut)}, rounds)
-        a, b = (1 / median(samples[name]) for name in ("ours", "peer"))
-        rows.append(Row(
-            f"e2e_{what}_vs_llamacpp", a, "tokens/s", None, None, peer,
-            common.times_faster(samples["ours"], samples["peer"]), threads,
-            f"{b:.1f} tokens/s there; {len(RATIOS)} layers; cosine of the logits {same:.4f}"))
-        print("  " + rows[-1].line(), file=sys.stderr)
-    return rows
-
+    return whole.compare(
+        whole.Ours(synthetic.write(folder / "flash", config), threads),
+        {"": Theirs(write_gguf(folder / "flash.gguf", config), threads)},
+        VOCAB, rounds, threads, only, "e2e_{what}_vs_llamacpp",
+        f"llama.cpp (llama-cpp-python {common.version('llama-cpp-python')})",
+        f"{len(RATIOS)} layers of V4-Flash")
