@@ -78,7 +78,8 @@ def main() -> int:
         help="of both sides (default: every CPU this process may use)")
     parser.add_argument("--rounds", type=int, default=11, help="samples of each side, at least 7")
     parser.add_argument("--tokens", type=int, default=384, help="of ggml-prefill")
-    parser.add_argument("--only", help="ggml: fp4, fp8 or bf16; end to end: decode, prefill")
+    parser.add_argument(
+        "--only", help="ggml: fp4, fp8 or bf16; end to end: a part of a row's name")
     parser.add_argument(
         "--folder", type=Path,
         help="where the end-to-end models are written and kept (default: not kept)")

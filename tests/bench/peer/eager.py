@@ -29,6 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
         index_topk=64, vocab_size=8192, num_hidden_layers=6,
         compress_ratios=[0, 4, 128, 4, 128, 4]),
 }
+ROWS = {  # row, without the peer, and the tokens of the prompt
+    "small": {"e2e_decode_{}": 384, "e2e_prefill_{}": 2048, "e2e_prefill_384_{}": 384},
+    "nano": {
+        "e2e_decode_nano_{}": 384, "e2e_prefill_nano_{}": 2048, "e2e_prefill_nano_384_{}": 384},
+}
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -92,12 +97,13 @@ def measure(threads: int, rounds: int, only: str | None, folder: Path) -> list[R
 
     torch.set_num_threads(threads)
     peer = f"transformers {common.version('transformers')}, torch {torch.__version__},"
-    rows = []
-    for name in MODELS:
+    found = []
+    for name, rows in ROWS.items():
         config = config_of(name)
         there = synthetic.write(folder / name, config)
-        rows += whole.compare(
+        found += whole.compare(
             whole.Ours(there, threads), {dtype: Theirs(there, dtype) for dtype in DTYPES},
-            config["vocab_size"], rounds, threads, only, f"e2e_{{what}}_{name}_vs_transformers",
-            peer, f"{config['num_hidden_layers']} layers of {config['hidden_size']}")
-    return rows
+            config["vocab_size"], rounds, threads, only,
+            {row.format("vs_transformers"): n for row, n in rows.items()}, peer,
+            f"{config['num_hidden_layers']} layers of {config['hidden_size']}")
+    return found

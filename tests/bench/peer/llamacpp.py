@@ -227,6 +227,7 @@ def measure(threads: int, rounds: int, only: str | None, folder: Path) -> list[R
     return whole.compare(
         whole.Ours(synthetic.write(folder / "flash", config), threads),
         {"": Theirs(write_gguf(folder / "flash.gguf", config), threads)},
-        VOCAB, rounds, threads, only, "e2e_{what}_vs_llamacpp",
+        VOCAB, rounds, threads, only,
+        {f"e2e_{what}_vs_llamacpp": whole.PROMPT for what in ("decode", "prefill")},
         f"llama.cpp (llama-cpp-python {common.version('llama-cpp-python')})",
         f"{len(RATIOS)} layers of V4-Flash")

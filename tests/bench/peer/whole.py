@@ -15,7 +15,8 @@ import dsv4
 from peer import common
 from peer.common import Array, Row
 
-PROMPT, DECODE = 384, 8  # tokens of one sample
+PROMPT, DECODE = 384, 8  # tokens: of the prompt before decoding, of one sample
+SHORT = 128  # tokens that show which setting of the peer is not worth timing
 LEAST_COSINE = 0.7
 
 
@@ -74,28 +75,43 @@ def timed(engine: Engine, pieces: list[Array], i: int) -> float:
     return (time.perf_counter() - start) / len(ids)
 
 
+def screen(engines: Mapping[str, Engine], pieces: list[Array]) -> dict[str, Engine]:
+    """The engines that may be the fastest: others take twice as long at least."""
+    seconds = {key: timed(engine, pieces, 1) for key, engine in engines.items()}
+    return {key: e for key, e in engines.items() if seconds[key] < 2 * min(seconds.values())}
+
+
 def compare(
     ours: Engine, theirs: Mapping[str, Engine], vocab: int, rounds: int, threads: int,
-    only: str | None, name: str, peer: str, note: str,
+    only: str | None, rows: Mapping[str, int], peer: str, note: str,
 ) -> list[Row]:
-    """Rows `name` with {what} filled in by decode and prefill; the fastest of theirs counts."""
-    prompt = np.random.default_rng(5).integers(0, vocab, PROMPT)
-    same = min(alike(ours, engine, prompt) for engine in theirs.values())
-    pieces = {
-        "decode": [prompt[i : i + DECODE] for i in range(0, PROMPT, DECODE)], "prefill": [prompt],
-    }
-    rows = []
-    for what, cut in pieces.items():
-        if only and only != what:
+    """One row for each of `rows`: its name, with "decode" or "prefill" in it, and the tokens of
+    the prompt (`only`: those whose name contains it).  The fastest of theirs counts.
+    """
+    prompt = np.random.default_rng(5).integers(0, vocab, max(PROMPT, *rows.values()))
+    same = min(alike(ours, engine, prompt[:PROMPT]) for engine in theirs.values())
+    found = []
+    for name, length in rows.items():
+        what = "decode" if "decode" in name else "prefill"
+        if only and only not in name:
             continue
-        runs = {"ours": ours, **theirs}
+        if what == "decode":
+            for engine in (ours, *theirs.values()):
+                engine.prefill(prompt[:length])
+            pieces = [prompt[i : i + DECODE] for i in range(0, PROMPT, DECODE)]
+            chosen, times = screen(theirs, pieces), 3 * rounds  # short samples: more of them
+        else:
+            pieces = [prompt[:length]]
+            chosen, times = screen(theirs, [prompt[:SHORT]]), rounds
+        runs = {"ours": ours, **chosen}
         samples = common.alternate(
-            {key: partial(timed, engine, cut) for key, engine in runs.items()}, rounds)
+            {key: partial(timed, engine, pieces) for key, engine in runs.items()}, times, 0)
         best = common.fastest(samples)
-        rate = {key: 1 / median(times) for key, times in samples.items()}
-        rows.append(Row(
-            name.format(what=what), rate["ours"], "tokens/s", None, None, f"{peer} {best}".strip(),
+        rate = {key: 1 / median(s) for key, s in samples.items()}
+        behind = f"behind a prompt of {length}" if what == "decode" else f"prompt of {length}"
+        found.append(Row(
+            name, rate["ours"], "tokens/s", None, None, f"{peer} {best}".strip(),
             common.times_faster(samples["ours"], samples[best]), threads,
-            f"{rate[best]:.1f} tokens/s there; {note}; cosine of the logits {same:.3f}"))
-        print("  " + rows[-1].line(), file=sys.stderr)
-    return rows
+            f"{rate[best]:.1f} tokens/s there; {note}, {behind}; cosine of logits {same:.3f}"))
+        print("  " + found[-1].line(), file=sys.stderr)
+    return found
