@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_size_t, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,33 +18,36 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4 import _core, kernel_calls
+from dsv4.bench.limits import EXACT, Limits
 
 ROOT = Path(__file__).resolve().parents[3]
 
 Array = npt.NDArray[Any]
 MIN_ROUNDS = 7
+SETTLE = 0.01  # seconds until threads of OpenMP stop spinning for work
 
 
 @dataclass
 class Row:
-    """One figure: ours, the limit it runs against, and how many times faster than the peer."""
+    """One figure: ours, the limit it runs against, the peer's, and how many times faster we are."""
 
     name: str
     value: float
     unit: str
     limit: float | None
     ratio: float | None
-    peer: str
+    peer: float
     peer_ratio: float
+    engine: str
     threads: int
     note: str = ""
 
     def line(self) -> str:
         """The row as text."""
-        of = f"{self.ratio:5.2f} of {self.limit:7.1f}" if self.limit and self.ratio else " " * 16
+        of = f"{self.ratio:4.2f} of {self.limit:6.1f}" if self.limit and self.ratio else " " * 14
         return (
-            f"{self.name:28} {self.threads:3} {self.value:9.2f} {self.unit:9} {of}"
-            f"  {self.peer_ratio:6.2f} x {self.peer}  {self.note}"
+            f"{self.name:32}{self.threads:2} T {self.value:8.2f} {self.unit:8} {of}"
+            f"  {self.peer_ratio:5.2f} x {self.peer:7.2f} of {self.engine}  {self.note}"
         )
 
 
@@ -162,7 +165,6 @@ class Native:
             subprocess.run([*command, str(Path(__file__).with_name("native.c"))], check=True)
             self.lib = ctypes.CDLL(str(target))
         for name, arguments in (
-            ("read_all", [c_void_p, c_size_t, c_int, c_int]), ("peak_all", [c_int, c_int]),
             ("products_seconds", [POINTER(Products)]), ("moe_seconds", [POINTER(Moe)]),
         ):
             function = getattr(self.lib, name)
@@ -176,23 +178,25 @@ class Native:
         """The chosen kernel of an operation."""
         return self.chosen[op][1]
 
-    def read(self, pool: Array, at: int, n_bytes: int, threads: int) -> float:
-        """Seconds to read a part of a pool: the best of four walks, of one to four streams."""
-        start = pool.ctypes.data + at
-        return min(float(self.lib.read_all(start, n_bytes, threads, kind)) for kind in range(4))
 
-    def peak(self, threads: int) -> float:
-        """GFLOP/s of the best instruction with exact sums, all threads at once."""
-        return max(float(self.lib.peak_all(threads, dot)) for dot in (0, 1))
+class Reading:
+    """The stream-read limit on chunks of a pool, `dsv4 bench`'s, as a run to alternate."""
+
+    def __init__(self, pool: Array, chunk: int, threads: int) -> None:
+        count = max(1, len(pool) // chunk)
+        self.limits = Limits([(pool.ctypes.data + i * chunk, chunk) for i in range(count)])
+        self.threads = threads
+
+    def rate(self) -> float:
+        """Bytes a second."""
+        time.sleep(SETTLE)
+        return self.limits.read(self.threads)
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of CPU 0 (32 MiB where it is not told)."""
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
-    return max(sizes)
+def peak(threads: int) -> float:
+    """GFLOP/s of the best instruction with exact sums, all threads at once."""
+    time.sleep(SETTLE)
+    return Limits([]).peak(EXACT, threads) / 1e9
 
 
 def pool_of(n_bytes: int, block: Array) -> Array:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from dsv4 import kernel_calls, layout, nano
+from dsv4.bench.limits import last_level_cache
 from dsv4.config import Config
 from peer import common
 from peer.common import Array, Native, Row
@@ -154,6 +155,7 @@ class Ours:
                 rows, cols)
             for i in range(self.count)
         ))
+        self.reading = common.Reading(self.pool, chunk * self.stride, threads)
         few = n_tok <= FEW
         self.x = common.bf16(rng.standard_normal((n_tok, cols), np.float32))
         self.operands = np.zeros_like(self.x)
@@ -187,9 +189,7 @@ class Ours:
 
     def read(self, i: int) -> float:
         """Seconds to read the bytes of a product and do nothing with them."""
-        at = self.first(i) * self.stride
-        n_bytes = self.chunk * self.stride
-        return self.native.read(self.pool, at, n_bytes, self.threads) / self.chunk
+        return self.stride / self.reading.rate()
 
 
 # ---- ggml ----
@@ -416,32 +416,31 @@ def one_shape(
 def rows_of(name: str, total: Sum, n_tok: int, threads: int, peer: str, peak: float) -> Row:
     """One row of the table."""
     ours, peers = median(total.ours), median(total.peer)
-    faster = common.times_faster(total.ours, total.peer)
-    if n_tok <= FEW:
-        value, unit = total.bytes / ours / 1e9, "GB/s"
-        limit = total.bytes / median(total.read) / 1e9
-    else:
-        value, unit, limit = total.flops / ours / 1e9, "GFLOP/s", peak
+    amount, unit = (total.bytes, "GB/s") if n_tok <= FEW else (total.flops, "GFLOP/s")
+    limit = amount / median(total.read) / 1e9 if n_tok <= FEW else peak
+    value = amount / ours / 1e9
     note = f"{ours * 1e3:.1f} ms against {peers * 1e3:.1f} ms, {total.bytes / 1e9:.2f} GB"
     if n_tok <= FEW:
         note += f"; at the limit {common.times_faster(total.read, total.peer):.2f} x"
-    return Row(name, value, unit, limit, value / limit, peer, faster, threads, note)
+    return Row(
+        name, value, unit, limit, value / limit, amount / peers / 1e9,
+        common.times_faster(total.ours, total.peer), peer, threads, note)
 
 
 def measure(n_tok: int, threads: int, rounds: int, only: str | None = None) -> list[Row]:
     """All classes and their sum: one token is decode, more are prefill (without the head)."""
     g, peer = load()
     native = Native()
-    pool = max(4 * common.last_level_cache(), 512 << 20)
+    pool = max(4 * last_level_cache(), 512 << 20)
     sums: dict[str, Sum] = {}
-    peaks = [native.peak(threads)]
+    peaks = [common.peak(threads)]
     for shape in token_shapes(n_tok > FEW):
         name = next(c for c, kinds in CLASSES.items() if shape.kind in kinds)
         if only and name != only:
             continue
         found = one_shape(native, g, shape, n_tok, threads, rounds, pool)
         sums.setdefault(name, Sum()).add(found)
-    peaks.append(native.peak(threads))
+    peaks.append(common.peak(threads))
     what = "decode" if n_tok <= FEW else "prefill"
     rows = [
         rows_of(f"{what}_{name}_vs_ggml", s, n_tok, threads, peer, max(peaks))

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * dsv4's kernels as the engine runs them, and the limits of the machine, with several threads: what
- * peers.py times against other engines.  OpenMP, so that ggml and this file share one team of
- * threads (libgomp) and neither disturbs the other.  Compiled when the bench starts.
+ * dsv4's kernels as the engine runs them, with several threads: what peers.py times against other
+ * engines.  OpenMP, so that ggml and this file share one team of threads (libgomp) and neither
+ * disturbs the other.  Compiled when the bench starts.
  */
-#define _GNU_SOURCE
-#include "../limits.c"
-
+#define _POSIX_C_SOURCE 200809L
 #include <omp.h>
 #include <stdatomic.h>
+#include <time.h>
+
+#include "kernels.h"
 
 /* Rows per kernel call, as csrc/model/linear.c has it; columns of one unit of the experts, as
  * csrc/model/moe.c. */
@@ -42,8 +43,6 @@ struct moe {
 };
 
 double wall(void);
-double read_all(const char *p, size_t bytes, int threads, int kind);
-double peak_all(int threads, int dot);
 double products_seconds(const struct products *p);
 double moe_seconds(const struct moe *m);
 
@@ -51,51 +50,6 @@ double wall(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* The sum of some bytes, read in `streams` parallel parts, each prefetched `ahead` bytes before. */
-static inline __attribute__((always_inline)) uint64_t walk(const char *p, size_t bytes,
-                                                           const int streams, const int ahead) {
-    const size_t step = 512, part = bytes / (size_t)streams / step * step;
-    vector sums[8] = {{0}};
-    for (size_t at = 0; at < part; at += step)
-        for (int s = 0; s < streams; s++) {
-            const char *from = p + (size_t)s * part + at;
-            for (size_t line = 0; ahead && line < step; line += 64)
-                __builtin_prefetch(from + ahead + line);
-            for (size_t i = 0; i < step / sizeof(vector); i++)
-                sums[i % 8] += ((const vector *)from)[i];
-        }
-    uint64_t sum = 0;
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 8; j++)
-            sum += sums[i][j];
-    return sum;
-}
-
-/* Seconds for a sum over all bytes, each thread its own contiguous part. */
-double read_all(const char *p, size_t bytes, int threads, int kind) {
-    static volatile uint64_t keep;
-    double start = wall();
-#pragma omp parallel num_threads(threads)
-    {
-        size_t part = bytes / (size_t)omp_get_num_threads() / 4096 * 4096;
-        const char *from = p + part * (size_t)omp_get_thread_num();
-        uint64_t sum = kind == 0   ? walk(from, part, 1, 0)
-                       : kind == 1 ? walk(from, part, 1, 8192)
-                       : kind == 2 ? walk(from, part, 2, 4096)
-                                   : walk(from, part, 4, 2048);
-        keep = sum;
-    }
-    return wall() - start;
-}
-
-/* GFLOP/s of all threads at once: bf16 dot or f32 multiply-add. */
-double peak_all(int threads, int dot) {
-    double sum = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : sum)
-    sum += dot ? bf16_dot_gflops() : fma_gflops();
-    return sum;
 }
 
 /* ---- a barrier ---- */

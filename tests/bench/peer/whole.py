@@ -110,8 +110,8 @@ def compare(
         rate = {key: 1 / median(s) for key, s in samples.items()}
         behind = f"behind a prompt of {length}" if what == "decode" else f"prompt of {length}"
         found.append(Row(
-            name, rate["ours"], "tokens/s", None, None, f"{peer} {best}".strip(),
-            common.times_faster(samples["ours"], samples[best]), threads,
-            f"{rate[best]:.1f} tokens/s there; {note}, {behind}; cosine of logits {same:.3f}"))
+            name, rate["ours"], "tokens/s", None, None, rate[best],
+            common.times_faster(samples["ours"], samples[best]), f"{peer} {best}".strip(),
+            threads, f"{note}, {behind}; cosine of logits {same:.3f}"))
         print("  " + found[-1].line(), file=sys.stderr)
     return found
