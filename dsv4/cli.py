@@ -428,7 +428,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     try:
         bench.check(args.model, args.quick, args.experts, args.threads, args.only or ())
-        peers = report.read_peers(args.peers) if args.peers else []
+        peers, engines = report.read_peers(args.peers) if args.peers else ([], {})
     except ValueError as error:
         raise _Usage(str(error)) from None
     if args.plot:
@@ -436,7 +436,7 @@ def _bench(args: argparse.Namespace) -> int:
     found = bench.run(
         args.model, quick=args.quick, experts=args.experts, threads=args.threads,
         only=args.only or ())
-    found = replace(found, rows=[*found.rows, *peers])
+    found = replace(found, rows=[*found.rows, *peers], details=found.details | engines)
     print(json.dumps(found.as_dict()) if args.json else found)
     if args.plot:
         plot.draw(found, args.plot)

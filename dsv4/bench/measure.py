@@ -29,8 +29,8 @@ PROBED_LAYERS = 8
 class Row:
     """One result.  `limit` and `ratio` are None where this machine has no such limit.
 
-    ratio is value / limit; `peer` names another engine that did the same beside it, `peer_ratio` is
-    how many times as fast dsv4 was.
+    ratio is value / limit; `peer` is what another engine reached beside it, `peer_ratio` how many
+    times as fast dsv4 was.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Row:
     unit: str
     limit: float | None
     ratio: float | None
-    peer: str | None = None
+    peer: float | None = None
     peer_ratio: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Bench:
         self.limits = Limits(self._pieces(), disable)
         self.models: dict[str, tuple[Checkpoint, Model]] = {}
         self.touched: dict[int, float] = {}
-        self.details: dict[str, dict[str, float]] = {}
+        self.details: dict[str, dict[str, Any]] = {}
         for _ in self.limits.pieces:  # every page is mapped before anything is timed
             self.limits.read(self.threads)
 

@@ -24,7 +24,7 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in report.rows
-            if row.ratio is not None and not row.peer and row.unit not in BAR_UNITS_LEFT_OUT]
+            if row.ratio is not None and row.peer is None and row.unit not in BAR_UNITS_LEFT_OUT]
     figure = Figure(figsize=(13, 0.9 + max(4.0, 0.28 * len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     _bars(left, rows)

@@ -26,12 +26,13 @@ class Report:
     """Everything measured in one run.  `str` is a table, `as_dict` the same for machines.
 
     details: of a row, how many pairs it is the median of, how many of them were unsteady, and for
-    the roofline the operations and bytes of a run and its amount in the row's unit x seconds.
+    the roofline the operations and bytes of a run and its amount in the row's unit x seconds; or
+    the engine it is compared with.
     """
 
     machine: dict[str, Any]
     rows: Sequence[Row]
-    details: dict[str, dict[str, float]]
+    details: dict[str, dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         return {"machine": self.machine, "rows": [row.as_dict() for row in self.rows],
@@ -39,23 +40,33 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([
-            *_heading(self.machine), "", *_table([row for row in self.rows if not row.peer]),
+            *_heading(self.machine), "", *_table([row for row in self.rows if row.peer is None]),
             *self._warnings(), *self._peers(), "",
             *_bytes(self.machine), "", *_projections(self.machine, self.rows)])
 
     def _peers(self) -> list[str]:
-        found = [row for row in self.rows if row.peer]
-        return ["", *_table(found)] if found else []
+        found = [row for row in self.rows if row.peer is not None and row.peer_ratio is not None]
+        if not found:
+            return []
+        width = max(len(row.name) for row in found)
+        lines = ["", f"{'':{width}}  {'measured':>10}  {'other':>10}  times as fast"]
+        for row in found:
+            engine = self.details.get(row.name, {}).get("engine", "")
+            lines.append(
+                f"{row.name:{width}}  {number(row.value):>10}  {number(row.peer or 0):>10}  "
+                f"{row.peer_ratio or 0:5.2f}  {row.unit}  {engine}")
+        return lines
 
     def _warnings(self) -> list[str]:
         """Rows whose limits moved while they were measured."""
-        found = [f"{name} ({n['unsteady']} of {n['pairs']} pairs)"
-                 for name, n in self.details.items() if 2 * n.get("unsteady", 0) > n["pairs"]]
+        found = [
+            f"{name} ({n['unsteady']} of {n['pairs']} pairs)" for name, n in self.details.items()
+            if 2 * n.get("unsteady", 0) > n.get("pairs", 0)]
         return ["limits moved by more than 15 %: " + ", ".join(found)] if found else []
 
 
-def read_peers(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows that `tests/bench/peers.py --json` printed into a file.
+def read_peers(path: str | os.PathLike[str]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
+    """The rows that `tests/bench/peers.py --json` printed into a file, and their engines.
 
     Raises
     ------
@@ -66,12 +77,13 @@ def read_peers(path: str | os.PathLike[str]) -> list[Row]:
     """
     names = [field.name for field in fields(Row)]
     try:
-        found = [Row(**{name: row[name] for name in names})
-                 for row in json.loads(Path(path).read_text())["rows"]]
+        told = json.loads(Path(path).read_text())["rows"]
+        found = [Row(**{name: row[name] for name in names}) for row in told]
+        engines = {row["name"]: {"engine": str(row["engine"])} for row in told}
     except (ValueError, LookupError, TypeError):
         raise ValueError(
             f"peers: {os.fspath(path)} is not what tests/bench/peers.py --json prints") from None
-    return found
+    return found, engines
 
 
 def machine(
@@ -184,14 +196,11 @@ def bar(ratio: float, width: int = 20) -> str:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     width = max([len(row.name) for row in rows], default=4)
-    peers = any(row.peer for row in rows)
-    lines = [f"{'':{width}}  {'measured':>10}  {'limit':>10}  ratio{peers * '  times as fast as'}"]
+    lines = [f"{'':{width}}  {'measured':>10}  {'limit':>10}  ratio"]
     for row in rows:
         limit = "-" if row.limit is None else number(row.limit)
         ratio = "    -" if row.ratio is None else f"{row.ratio:5.2f}"
         shown = "" if row.ratio is None or row.unit in LOWER else f"  {bar(row.ratio)}"
-        if peers:
-            shown = "" if row.peer_ratio is None else f"  {row.peer_ratio:5.2f} {row.peer}"
         less = "  (less is better)" if row.unit in LOWER else ""
         lines.append(f"{row.name:{width}}  {number(row.value):>10}  {limit:>10}  {ratio}"
                      f"{shown}  {row.unit}{less}")

@@ -71,7 +71,7 @@ def kv_rows(n: int) -> np.ndarray:
 
 
 def index_rows(n: int) -> np.ndarray:
-    """uint8 [n, 68]: random codes, scales of 1/2 or 1, as close together as a rotation leaves them."""
+    """uint8 [n, 68]: random codes, scales of 1/2 or 1, as alike as a rotation leaves them."""
     rows = np.random.default_rng(2).integers(0, 256, (n, INDEX_ROW), np.uint8)
     rows[:, D_INDEX // 2 :] = 126 + rows[:, D_INDEX // 2 :] % 2
     return rows

@@ -121,14 +121,16 @@ def test_command(
     out = capsys.readouterr()
     assert "layer_csa" in out.out and "limits: read" in out.out and out.err == ""
     peer = {"name": "ggml_fp4", "value": 20.0, "unit": "GB/s", "limit": 40.0, "ratio": 0.5,
-            "peer": "ggml 1.0", "peer_ratio": 1.7}
-    (tmp_path / "peers.json").write_text(json.dumps({"rows": [{**peer, "threads": 2}]}))
+            "peer": 11.7, "peer_ratio": 1.7}
+    more = {"threads": 2, "engine": "ggml 1.0"}
+    (tmp_path / "peers.json").write_text(json.dumps({"rows": [{**peer, **more}]}))
     flags += ["--peers", str(tmp_path / "peers.json")]
     assert main([*flags, "--json"]) == 0
-    rows_told = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["name"] for row in rows_told] == ["layer_csa", "ggml_fp4"] and rows_told[1] == peer
+    told = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in told["rows"]] == ["layer_csa", "ggml_fp4"]
+    assert told["rows"][1] == peer and told["details"]["ggml_fp4"] == {"engine": "ggml 1.0"}
     assert main(flags) == 0
-    assert "1.70 ggml 1.0" in capsys.readouterr().out
+    assert "11.7   1.70  GB/s  ggml 1.0\n" in capsys.readouterr().out
     (tmp_path / "peers.json").write_text('{"rows": [{}]}')
     assert main(flags) == 2
     assert "is not what tests/bench/peers.py --json prints" in capsys.readouterr().err
