@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("path", nargs="?", metavar="PATH", help="by default the model inside dsv4")
     info.add_argument("--context", type=int, metavar="N", help="tokens per sequence")
     info.add_argument("--batch", type=int, default=1, metavar="N", help="sequences")
+    _add_memory_argument(info)
     info.set_defaults(run=_info)
 
     verify = commands.add_parser(
@@ -165,12 +166,29 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--numerics", default="official", choices=("official", "weights"))
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
+    _add_memory_argument(command)
+
+
+def _add_memory_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="use at most so many bytes (24G is 24 GiB); "
+        "by default what is free.  Routed experts beyond that are read from disk when chosen")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes, with K, M, G or T for powers of 1024."""
+    unit = "KMGT".find(text[-1:].upper()) + 1 if text else 0
+    try:
+        return round(float(text[:-1] if unit else text) * (1 << 10 * unit))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted a number of bytes, as in 24G") from None
 
 
 def _load(args: argparse.Namespace) -> dsv4.Model:
     return dsv4.load(
         args.model, device=args.device, threads=args.threads, numerics=args.numerics,
-        mmap=not args.no_mmap)
+        mmap=not args.no_mmap, memory=args.memory)
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -375,12 +393,13 @@ def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
     from dsv4.tokenizer import TOKENIZER_FILE
 
     path = str(DEFAULT_MODEL) if args.path is None else args.path
-    needs = dsv4.plan(path, args.context, args.batch)
+    free = memory.available_memory()
+    needs = dsv4.plan(path, args.context, args.batch, memory=args.memory or free)
     config = asdict(needs.config)
     facts: dict[str, Any] = {
         "path": path, "kind": f"{needs.config.num_hidden_layers} layers, from its config alone",
         "config": config, "plan": needs.as_dict(), "plan_table": str(needs),
-        "free": memory.available_memory(),
+        "free": free,
     }
     if hub.is_repo_id(path) or not Path(path).is_dir():
         return facts

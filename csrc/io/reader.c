@@ -205,6 +205,10 @@ int dsv4_reader_wait(dsv4_reader *r, const struct dsv4_load *load, int milliseco
     return pending;
 }
 
+void dsv4_reader_forget(dsv4_reader *r, int32_t file, uint64_t offset, uint64_t bytes) {
+    posix_fadvise(r->files[file].fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
+}
+
 uint64_t dsv4_reader_bytes(dsv4_reader *r) {
     pthread_mutex_lock(&r->lock);
     uint64_t bytes = r->bytes;

@@ -43,6 +43,8 @@ void dsv4_reader_destroy(dsv4_reader *reader);
 void dsv4_reader_start(dsv4_reader *reader, struct dsv4_load *load);
 /* Waits up to so many milliseconds; 1: not done yet. */
 int dsv4_reader_wait(dsv4_reader *reader, const struct dsv4_load *load, int milliseconds);
+/* Lets the page cache forget this part of a file; pages that somebody maps stay. */
+void dsv4_reader_forget(dsv4_reader *reader, int32_t file, uint64_t offset, uint64_t bytes);
 uint64_t dsv4_reader_bytes(dsv4_reader *reader); /* read so far */
 
 #endif

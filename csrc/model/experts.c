@@ -23,6 +23,7 @@ struct part {
 struct entry {
     struct dsv4_expert mapped;
     int32_t slot;     /* or IN_MAPPING */
+    int32_t asked;    /* the kernel was asked for its mapped pages in this layer */
     double uses, when; /* score, and the clock when it was right */
 };
 
@@ -218,25 +219,62 @@ static int32_t hash_id(const struct dsv4_layer *l, int32_t i) {
     return narrow;
 }
 
-/* Reads experts of the pass's hash layers ahead, in the order of use, into at most half of the slots. */
+/* Keeps experts of the pass's hash layers, or reads them ahead, in the order of use, in at most half of the slots. */
 static void read_hashed(struct dsv4_expert_cache *c, const struct dsv4_pass *p) {
     int32_t top_k = c->m->config.num_experts_per_tok, left = c->n_slot / 2;
     for (int32_t layer = p->first_layer; layer < p->end_layer && c->m->layers[layer].tid2eid; layer++) {
         const struct dsv4_layer *l = &c->m->layers[layer];
         for (int32_t i = 0; i < p->n_tok * top_k && left > 0; i++) {
             int32_t x = layer * c->n_exp + hash_id(l, p->ids[i / top_k] * top_k + i % top_k);
-            if (c->entries[x].slot >= 0)
-                c->slots[c->entries[x].slot].pinned = 1;
-            else if (start(c, x))
-                left--;
-            else
+            struct slot *s = c->entries[x].slot < 0 ? NULL : &c->slots[c->entries[x].slot];
+            if (s && s->pinned)
+                continue;
+            if (s)
+                s->pinned = 1;
+            else if (!start(c, x))
                 return;
+            left--;
         }
     }
 }
 
+/* No slot for it: at least its pages are asked for together, and given up after the layer. */
+static void ask_kernel(struct dsv4_expert_cache *c, int32_t x) {
+    struct part parts[PARTS];
+    c->entries[x].asked = 1;
+    parts_of(c->m, &c->entries[x].mapped, parts);
+    for (int i = 0; i < PARTS; i++)
+        if (parts[i].file >= 0)
+            dsv4_resident_ask(c->m->shards[parts[i].file].data + parts[i].offset, (size_t)parts[i].bytes);
+}
+
+static void give_up_pages(struct dsv4_expert_cache *c, int32_t x) {
+    struct part parts[PARTS];
+    c->entries[x].asked = 0;
+    parts_of(c->m, &c->entries[x].mapped, parts);
+    for (int i = 0; i < PARTS; i++) {
+        if (parts[i].file < 0)
+            continue;
+        dsv4_resident_unmap(c->m->shards[parts[i].file].data + parts[i].offset, (size_t)parts[i].bytes);
+        dsv4_reader_forget(c->reader, parts[i].file, parts[i].offset, parts[i].bytes);
+    }
+}
+
+/* The experts of the layer before stay where they are until here, then they may go. */
+static void leave_layer(struct dsv4_expert_cache *c) {
+    for (int32_t e = 0; c->layer >= 0 && e < c->n_exp; e++) {
+        int32_t x = c->layer * c->n_exp + e;
+        if (c->entries[x].slot >= 0)
+            unpin(c, &c->slots[c->entries[x].slot]);
+        else if (c->entries[x].asked)
+            give_up_pages(c, x);
+    }
+    c->layer = -1;
+}
+
 void dsv4_experts_begin(struct dsv4_pass *p) {
     struct dsv4_expert_cache *c = p->m->cache;
+    leave_layer(c);
     for (int32_t i = 0; i < c->n_slot; i++) { /* what a cancelled pass left behind */
         struct slot *s = &c->slots[i];
         if (s->loading && !dsv4_reader_wait(c->reader, &s->load, 0) && settle(c, s))
@@ -244,19 +282,9 @@ void dsv4_experts_begin(struct dsv4_pass *p) {
         if (s->expert >= 0 && s->pinned)
             unpin(c, s);
     }
-    c->layer = -1;
     c->clock += p->n_tok;
     set_near(c, p->first_layer > 0 ? p->first_layer - 1 : c->n_layer - 1);
     read_hashed(c, p);
-}
-
-/* No slot for it: at least its pages are asked for together. */
-static void ask_kernel(const struct dsv4_expert_cache *c, int32_t x) {
-    struct part parts[PARTS];
-    parts_of(c->m, &c->entries[x].mapped, parts);
-    for (int i = 0; i < PARTS; i++)
-        if (parts[i].file >= 0)
-            dsv4_resident_ask(c->m->shards[parts[i].file].data + parts[i].offset, (size_t)parts[i].bytes);
 }
 
 /* In a pass so long that nearly every expert is chosen, the next layer's are read while this one is computed. */
@@ -279,15 +307,6 @@ static int wait_for(struct dsv4_expert_cache *c, const dsv4_worker *w, struct sl
         if (!dsv4_reader_wait(c->reader, &s->load, WAIT_MS))
             return settle(c, s);
     return 0;
-}
-
-/* The experts of the layer before stay in their slots until here, then they may go. */
-static void leave_layer(struct dsv4_expert_cache *c) {
-    for (int32_t e = 0; c->layer >= 0 && e < c->n_exp; e++) {
-        int32_t slot = c->entries[c->layer * c->n_exp + e].slot;
-        if (slot >= 0)
-            unpin(c, &c->slots[slot]);
-    }
 }
 
 void dsv4_experts_fetch(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {

@@ -46,6 +46,7 @@ void dsv4_experts_count(struct dsv4_expert_cache *cache, struct dsv4_expert_coun
  * again; and what each step reads, brought into memory.
  */
 dsv4_status dsv4_resident_begin(const dsv4_model *m, dsv4_error *err);
+void dsv4_resident_unmap(const void *data, size_t bytes); /* whole pages of it, until they are touched again */
 void dsv4_resident_ask(const void *data, size_t bytes); /* to be read soon: starts it, where it is mapped */
 dsv4_status dsv4_resident_finish(dsv4_model *m, const struct dsv4_shard_desc *shards, dsv4_error *err);
 

@@ -72,12 +72,20 @@ void dsv4_resident_ask(const void *data, size_t bytes) {
     madvise((void *)from, bytes + ((uintptr_t)data - from), MADV_WILLNEED);
 }
 
+void dsv4_resident_unmap(const void *data, size_t bytes) {
+    uintptr_t from = ((uintptr_t)data + page() - 1) / page() * page(), to = ((uintptr_t)data + bytes) / page() * page();
+    if (from < to)
+        madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
 dsv4_status dsv4_resident_begin(const dsv4_model *m, dsv4_error *err) {
     struct run *runs;
     size_t n;
     DSV4_TRY(runs_of(&runs, &n, m, is_expert, err));
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         advise(m, runs[i].shard, runs[i].from / page() * page(), runs[i].to, MADV_RANDOM);
+        advise(m, runs[i].shard, runs[i].from / page() * page(), runs[i].to, MADV_NOHUGEPAGE);
+    }
     free(runs);
     return DSV4_OK;
 }
@@ -158,5 +166,5 @@ dsv4_status dsv4_resident_finish(dsv4_model *m, const struct dsv4_shard_desc *sh
     DSV4_TRY(runs_of(&p.runs, &p.n, m, is_always_read, err));
     dsv4_status status = populate(m, &p, err);
     free(p.runs);
-    return status;
+    return status == DSV4_OK ? give_up_experts(m, shards, err) : status; /* what was read ahead at the edges */
 }

@@ -92,14 +92,19 @@ def test_info(
 ) -> None:
     assert main(["info"]) == 0
     out = capfd.readouterr().out
-    for word in ("routed experts", "kernels", "numpy", "linear_few_fp8", "memory for 1 x"):
+    for word in ("routed experts", "kernels", "numpy", "linear_few_fp8", "memory for 1 x",
+                 "all of it stays in memory"):
         assert word in out
     assert main(["info", str(nano("nano-0731")), "--context", "1000", "--batch", "2",
-                 "--json"]) == 0
+                 "--memory", "1.5M", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["model"]["draft"] == "dspark" and told["model"]["plan"]["batch"] == 2
     assert told["machine"]["kernels"] == dsv4.kernel_info()
-    assert told["model"]["plan"] == dsv4.plan(nano("nano-0731"), 1000, 2).as_dict()
+    assert told["model"]["plan"] == dsv4.plan(
+        nano("nano-0731"), 1000, 2, memory=3 << 19).as_dict()
+    with pytest.raises(SystemExit):
+        main(["info", "--memory", "24X"])
+    assert "got '24X', wanted a number of bytes, as in 24G" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "code", "says"), [
@@ -112,6 +117,7 @@ def test_info(
     (["generate", "a", "--chat", "--thinking", "--reasoning-effort", "huge"], 1, "huge"),
     (["info", "/no/such"], 1, "/no/such"),
     (["info", "--context", "0"], 1, "context: got 0"),
+    (["generate", "--memory", "1K", "x"], 1, "memory: needed"),
 ])
 def test_failures_are_one_sentence(
     arguments: list[str], code: int, says: str, capfd: pytest.CaptureFixture[str]

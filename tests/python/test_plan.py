@@ -191,3 +191,57 @@ def test_a_limit_set_from_outside():
 def test_size_words():
     sizes = {0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 1 << 20: "1.00 MiB", 1 << 41: "2.00 TiB"}
     assert {n: memory.size(n) for n in sizes} == sizes
+
+
+def test_less_memory_than_the_model(config):
+    c = config("flash")
+    whole = plan(c, context=4096)
+    assert whole.memory is None and whole.resident == whole.total
+    assert whole.experts == whole.experts_in_memory == 43 * 256
+    assert whole.disk_per_token == (0, 0)
+    assert whole.always_read == whole.weight_bytes - 147169738752 - whole.weights["draft"] - (
+        129280 * 4096 * 2)
+    assert plan(c, context=4096, memory=whole.total).experts_in_memory == 43 * 256
+    for gib in (24, 64, 128):
+        p = plan(c, context=4096, memory=gib * GIB)
+        assert p.memory == gib * GIB and p.total == whole.total
+        assert p.resident <= gib * GIB < p.resident + p.expert_bytes
+        assert p.expert_bytes == 13369344 + memory.EXPERT_EDGES
+        mean, most = p.disk_per_token
+        assert most == 43 * 6 * 13369344
+        assert mean == round(most * (1 - p.experts_in_memory / p.experts))
+        assert f"with {p.experts_in_memory:,} of 11,008 routed experts" in str(p)
+        assert p.as_dict()["disk_per_token"] == [mean, most]
+    assert "all of it stays in memory" in str(plan(c, context=4096, memory=whole.total))
+    nearly = plan(c, context=4096, memory=whole.total - 1)
+    assert nearly.experts_in_memory == 11007 and nearly.disk_per_token[1] == 13369344
+    least = plan(c, context=4096, memory=1)
+    assert least.experts_in_memory == 6 and least.resident > 1
+
+
+@pytest.mark.parametrize(("value", "kind"), [(0, ValueError), (-5, ValueError), (True, TypeError),
+                                             ("24G", TypeError), (2.5, TypeError)])
+def test_bad_memory(config, value, kind):
+    with pytest.raises(kind, match="memory: got"):
+        plan(config("flash"), memory=value)
+
+
+def test_what_a_load_may_use(config, monkeypatch):
+    needs = plan(config("flash"), context=4096)
+    monkeypatch.setattr(memory, "address_space", lambda: 1 << 50)
+    monkeypatch.setattr(memory, "available_memory", lambda: 32 * GIB)
+    free = memory.fitting(needs, True, None)
+    assert free.memory == 32 * GIB and free.experts_in_memory > 1000
+    assert memory.fitting(needs, True, 24 * GIB).memory == 24 * GIB
+    assert memory.fitting(needs, True, 64 * GIB).memory == 32 * GIB  # no more than is free
+    with pytest.raises(MemoryError, match=r"of 11008 routed experts\), allowed 4.00 GiB"):
+        memory.fitting(needs, True, 4 * GIB)
+    with pytest.raises(MemoryError, match="needed 14.*, free 32.00 GiB"):
+        memory.fitting(needs, False, None)
+    monkeypatch.setattr(memory, "available_memory", lambda: 256 * GIB)
+    assert memory.fitting(needs, True, None) is needs
+    assert memory.fitting(needs, False, 200 * GIB) is needs
+    monkeypatch.setattr(memory, "address_space", lambda: 100 * GIB)
+    for allowed in (None, 24 * GIB):
+        with pytest.raises(MemoryError, match="free 100.00 GiB"):
+            memory.fitting(needs, True, allowed)
