@@ -26,8 +26,8 @@ class Report:
     """Everything measured in one run.  `str` is a table, `as_dict` the same for machines.
 
     details: of a row, how many pairs it is the median of, how many of them were unsteady, and for
-    the roofline the operations and bytes of a run and its amount in the row's unit x seconds; or
-    the engine it is compared with.
+    the roofline the operations and bytes of a run and its amount in the row's unit x seconds; the
+    shares of `outside`; the engine that a row is compared with.
     """
 
     machine: dict[str, Any]
@@ -41,8 +41,14 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([
             *_heading(self.machine), "", *_table([row for row in self.rows if row.peer is None]),
-            *self._warnings(), *self._peers(), "",
+            *self._phases(), *self._warnings(), *self._peers(), "",
             *_bytes(self.machine), "", *_projections(self.machine, self.rows)])
+
+    def _phases(self) -> list[str]:
+        """Where the time of a token goes, from the row `outside`."""
+        shares = self.details.get("outside", {})
+        shown = [f"{phase} {100 * share:.1f} %" for phase, share in shares.items() if share]
+        return ["time of a token at 4k: " + ", ".join(shown)] if shown else []
 
     def _peers(self) -> list[str]:
         found = [row for row in self.rows if row.peer is not None and row.peer_ratio is not None]

@@ -212,13 +212,15 @@ def _outside(bench: Bench, name: str) -> Row:
 
     All but linear layers, attention and index scores; waiting for other threads included.
     """
-    found = []
+    found: list[dict[str, float]] = []
     with bench.sessions(1, _position(bench, CONTEXTS["4k"])) as (session,):
         bench.phases(session)
         for _ in range(bench.repeats):
             seconds = bench.phases(session)
-            found.append((seconds["other"] + seconds["wait"]) / sum(seconds.values()))
-    value = median(found)
+            total = sum(seconds.values())
+            found.append({phase: part / total for phase, part in seconds.items()})
+    value = median(shares["other"] + shares["wait"] for shares in found)
+    bench.note(name, **{phase: median(shares[phase] for shares in found) for phase in found[0]})
     return Row(name, value, "of a step", 1.0, value)
 
 
