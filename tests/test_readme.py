@@ -2,6 +2,7 @@
 """The README is right: its example runs as printed, its memory table is what plan() gives."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,12 @@ def test_the_memory_table_is_the_plan(name: str, file: str) -> None:
     assert told[0] == pytest.approx(plans[0].weight_bytes, rel=0.01)
     for got, plan in zip(told[1:], plans, strict=True):
         assert got == pytest.approx(plan.state_bytes, rel=0.02)
+
+
+def test_the_figures_are_those_of_a_result() -> None:
+    """The table of `dsv4 bench` is what tables.py makes of the result whose picture is shown."""
+    picture = re.search(r"\]\((tests/bench/results/[\w-]+)\.png\)", README)
+    assert picture
+    tables = runpy.run_path(str(ROOT / "tests" / "bench" / "tables.py"))
+    assert tables["block"](ROOT / f"{picture.group(1)}.json") in README
+    assert (ROOT / f"{picture.group(1)}.png").is_file()

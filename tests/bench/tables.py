@@ -51,7 +51,7 @@ def block(path: Path) -> str:
         f"{m['cpu']}, {m['threads']} threads, {size(m['memory_bytes'])} of memory, {m['date'][:10]}"
         f"{', commit ' + m['commit'] if m['commit'] else ''}: {model['dimensions']}, "
         f"{model['layers']} of {model['full_layers']} layers, {model['experts']} of "
-        f"{model['full_experts']} experts each, {size(model['bytes'])}.\n",
+        f"{model['full_experts']} experts each, {size(model['bytes'])}.", "",
         "| | measured | limit | ratio |", "|---|---|---|---|"]
     for name, what in SHOWN.items():
         if name in rows:
