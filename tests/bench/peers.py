@@ -11,7 +11,7 @@ it, and the others run.  Needs gcc (peer/native.c is compiled with -march=native
 
     ggml-decode   ggml's matrix products, one token: all matrices of one V4-Flash token
     ggml-prefill  the same matrices with many tokens (--tokens)
-    kt            kt-kernel's MXFP4 experts, one layer of V4-Flash, one token
+    kt            kt-kernel's FP4 and FP8 experts, one layer of V4-Flash, one token
     llamacpp      llama.cpp's deepseek4, end to end, layers of V4-Flash's shape
     transformers  transformers' DeepseekV4ForCausalLM, end to end, small models
 """
@@ -46,7 +46,7 @@ def ggml_prefill(o: argparse.Namespace) -> list[common.Row]:
 def kt(o: argparse.Namespace) -> list[common.Row]:
     from peer import kt
 
-    return kt.measure(o.threads, o.rounds)
+    return kt.measure(o.threads, o.rounds, o.only)
 
 
 def llamacpp(o: argparse.Namespace) -> list[common.Row]:
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11, help="samples of each side, at least 7")
     parser.add_argument("--tokens", type=int, default=384, help="of ggml-prefill")
     parser.add_argument(
-        "--only", help="ggml: fp4, fp8 or bf16; end to end: a part of a row's name")
+        "--only", help="ggml, kt: fp4, fp8 or bf16; end to end: a part of a row's name")
     parser.add_argument(
         "--folder", type=Path,
         help="where the end-to-end models are written and kept (default: not kept)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kt-kernel's MXFP4 experts beside ours: the routed experts of one V4-Flash layer, one token.
+"""kt-kernel's experts beside ours, FP4 and FP8: those of one V4-Flash layer, one token.
 
 kt-kernel's extension is loaded straight from the installed package, without torch.  Its worker
 threads and the thread of its queue spin for as long as they live, so it has a process of its own,
@@ -20,37 +20,70 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv4 import kernel_calls
-from peer import common
+from dsv4 import kernel_calls, nano
+from peer import common, synthetic
 from peer.common import Array, Native, Row
 from peer.ggml import E2M1
 
 INSTALL = "pip install --no-deps kt-kernel"
-HIDDEN, INTER, TOP, EXPERTS = 4096, 2048, 6, 48  # 640 MB of experts
+HIDDEN, INTER, TOP = 4096, 2048, 6
+EXPERTS = 24  # 320 MB (FP4), 600 MB (FP8)
+PER_SAMPLE = EXPERTS // TOP  # tokens in one sample: a whole round of the pool
 LIMIT = 10.0
-EXPERT_BYTES = 3 * HIDDEN * INTER * 17 // 32
-PER_SAMPLE = 8  # tokens in one sample: a whole round of the pool
-KINDS = ("AMXFP4_KGroup_MOE", "AVX2MXFP4_MOE")  # classes of kt_kernel_ext.moe, the better counts
 SETTLE = 0.05  # seconds after the other process stopped or went on
 PARTS = {"w1": (INTER, HIDDEN), "w3": (INTER, HIDDEN), "w2": (HIDDEN, INTER)}
 
 
-def weights() -> tuple[dict[str, Array], dict[str, Array]]:
-    """Codes and scales [experts][...] of each part; the same in both processes."""
-    rng = np.random.default_rng(3)
-    codes = {
-        name: rng.integers(0, 256, (EXPERTS, o * i // 2), np.uint8)
-        for name, (o, i) in PARTS.items()
-    }
-    scales = {
-        name: rng.integers(117, 121, (EXPERTS, o * i // 32), np.uint8)
-        for name, (o, i) in PARTS.items()
-    }
-    return codes, scales
+class Format(NamedTuple):
+    """A format of experts: its row, its kernel, kt-kernel's classes (the better counts)."""
+
+    row: str
+    kernel: str
+    code: int
+    classes: tuple[str, ...]
+    bits: int
+    group: int
+
+    def codes(self, i: int) -> Array:
+        """Codes of part i of all experts, [experts][bytes]."""
+        roll = np.roll(synthetic.FP4 if self.bits == 4 else synthetic.FP8, 1000 * i)
+        return np.resize(roll, EXPERTS * HIDDEN * INTER * self.bits // 8).reshape(EXPERTS, -1)
+
+    def scales(self, i: int) -> Array:
+        """E8M0 bytes of part i of all experts, likewise."""
+        n = HIDDEN * INTER // (self.group if self.bits == 4 else self.group**2)
+        low = 117 if self.bits == 4 else 111
+        return np.random.default_rng(i).integers(low, low + 4, (EXPERTS, n), np.uint8)
+
+    def weights(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Codes and scales of each part: the same in every process."""
+        return (
+            {name: self.codes(i) for i, name in enumerate(PARTS)},
+            {name: self.scales(i) for i, name in enumerate(PARTS)},
+        )
+
+    def matrix(self, codes: Array, scales: Array, rows: int, cols: int) -> Array:
+        """Values as float64."""
+        factor = np.exp2(scales.astype(np.float64) - 127)
+        if self.bits == 4:
+            v = E2M1[np.stack([codes & 15, codes >> 4], -1)].reshape(rows, -1, 32)
+            return (v * factor.reshape(rows, -1, 1)).reshape(rows, cols)
+        v = (np.where(codes & 0x80, -1, 1) * nano.E4M3[codes & 0x7F]).reshape(rows, cols)
+        return v * nano.each_block(factor.reshape(rows // 128, -1), rows, cols)
+
+
+FORMATS = {
+    "fp4": Format(
+        "moe_vs_kt", "linear_few_fp4", kernel_calls.W_FP4,
+        ("AMXFP4_KGroup_MOE", "AVX2MXFP4_MOE"), 4, 32),
+    "fp8": Format(
+        "moe_fp8_vs_kt", "linear_few_fp8", kernel_calls.W_FP8, ("AMXFP8_MOE", "AVX2FP8_MOE"), 8,
+        128),
+}
 
 
 def token() -> Array:
@@ -63,22 +96,15 @@ def chosen(i: int) -> Array:
     return np.arange(i * TOP, i * TOP + TOP) % EXPERTS
 
 
-def expected(x: Array) -> Array:
+def expected(f: Format, x: Array) -> Array:
     """float64 result for token 0, nothing rounded between."""
-    codes, scales = weights()
-
-    def matrix(name: str, e: int) -> Array:
-        rows, cols = PARTS[name]
-        q = codes[name][e]
-        v = E2M1[np.stack([q & 15, q >> 4], -1)].astype(np.float64).reshape(rows, -1, 32)
-        return (v * np.exp2(scales[name][e].reshape(rows, -1, 1) - 127.0)).reshape(rows, cols)
-
+    codes, scales = f.weights()
     v = common.from_bf16(x[0]).astype(np.float64)
     out = np.zeros(HIDDEN)
     for e in chosen(0):
-        gate = np.minimum(matrix("w1", e) @ v, LIMIT)
-        up = np.clip(matrix("w3", e) @ v, -LIMIT, LIMIT)
-        out += matrix("w2", e) @ (gate / (1 + np.exp(-gate)) * up) / TOP
+        w = {n: f.matrix(codes[n][e], scales[n][e], *shape) for n, shape in PARTS.items()}
+        gate, up = np.minimum(w["w1"] @ v, LIMIT), np.clip(w["w3"] @ v, -LIMIT, LIMIT)
+        out += w["w2"] @ (gate / (1 + np.exp(-gate)) * up) / TOP
     return out
 
 
@@ -87,13 +113,14 @@ def expected(x: Array) -> Array:
 class Ours:
     """The experts through dsv4's kernels."""
 
-    def __init__(self, native: Native, threads: int) -> None:
+    def __init__(self, native: Native, f: Format, threads: int) -> None:
         self.native = native
-        codes, scales = weights()
+        codes, scales = f.weights()
         # each expert's six runs lie together, as in the published shards
         order = ("w1", "w2", "w3")
         expert = np.concatenate(
             [codes[n] for n in order] + [scales[n] for n in order], axis=1)
+        self.expert_bytes = expert.shape[1]
         self.pool = common.pool_of(expert.nbytes, expert)
         self.weights: dict[str, Any] = {}
         at, sat = 0, sum(codes[n].shape[1] for n in order)
@@ -101,8 +128,8 @@ class Ours:
             rows, cols = PARTS[n]
             self.weights[n] = [
                 common.weight(
-                    kernel_calls.W_FP4, self.pool.ctypes.data + e * expert.shape[1] + at,
-                    self.pool[e * expert.shape[1] + sat :], rows, cols)
+                    f.code, self.pool.ctypes.data + e * self.expert_bytes + at,
+                    self.pool[e * self.expert_bytes + sat :], rows, cols)
                 for e in range(EXPERTS)
             ]
             at, sat = at + codes[n].shape[1], sat + scales[n].shape[1]
@@ -112,9 +139,9 @@ class Ours:
             HIDDEN, TOP * INTER, TOP * INTER, TOP * HIDDEN)]
         each = kernel_calls.linear_scratch(HIDDEN).nbytes
         self.scratch = kernel_calls.aligned(each * threads)
-        self.reading = common.Reading(self.pool, PER_SAMPLE * TOP * EXPERT_BYTES, threads)
+        self.reading = common.Reading(self.pool, len(self.pool), threads)
         self.args = common.Moe(
-            native.address("linear_few_fp4"), native.address("act_quant"),
+            native.address(f.kernel), native.address("act_quant"),
             native.address("swiglu"), native.address("expert_sum"), None, None, None,
             self.route.ctypes.data, self.x.ctypes.data, self.y.ctypes.data,
             *(w.ctypes.data for w in self.work), self.scratch.ctypes.data, LIMIT, TOP, HIDDEN,
@@ -122,7 +149,7 @@ class Ours:
         )
         self.one(0)
         # the official rounding of activations to FP8 moves the result by some percent
-        common.check("dsv4 experts", common.from_bf16(self.y), expected(self.x), 0.1)
+        common.check("dsv4 experts", common.from_bf16(self.y), expected(f, self.x), 0.1)
 
     def one(self, i: int) -> float:
         """Seconds of one token."""
@@ -138,7 +165,7 @@ class Ours:
 
     def read(self, i: int) -> float:
         """Seconds to read the bytes of a token and do nothing with them."""
-        return TOP * EXPERT_BYTES / self.reading.rate()
+        return TOP * self.expert_bytes / self.reading.rate()
 
 
 # ---- kt-kernel, in a process of its own ----
@@ -164,14 +191,15 @@ def extension() -> Path:
 class Theirs:
     """kt-kernel's experts."""
 
-    def __init__(self, kt: ModuleType, kind: str, threads: int) -> None:
+    def __init__(self, kt: ModuleType, f: Format, kind: str, threads: int) -> None:
         pool = kt.WorkerPoolConfig()
         pool.subpool_count, pool.subpool_numa_map = 1, [0]
         pool.subpool_thread_count = [threads]
         self.cpu = kt.CPUInfer(pool)
-        self.codes, scales = weights()
-        # its loader wants the E8M0 scales widened to bf16: the exponent moves to bits 7..14
-        self.scales = {name: s.astype(np.uint16) << 7 for name, s in scales.items()}
+        self.codes, scales = f.weights()
+        # its loader widens the E8M0 scales: to bf16 for FP4, to float32 for FP8
+        shift, wide = (7, np.uint16) if f.bits == 4 else (23, np.uint32)
+        self.scales = {name: s.astype(wide) << shift for name, s in scales.items()}
         mask, order = np.zeros(EXPERTS, np.uint8), np.arange(EXPERTS, dtype=np.int64)
         self.keep = mask, order
         c = kt.moe.MOEConfig(EXPERTS, TOP, HIDDEN, INTER, mask.ctypes.data)
@@ -179,7 +207,7 @@ class Theirs:
         for ours, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             for what, arrays in (("projs", self.codes), ("scales", self.scales)):
                 setattr(c, f"{name}_{what}", [[a.ctypes.data for a in arrays[ours]]])
-        c.quant_config.bits, c.quant_config.group_size = 4, 32
+        c.quant_config.bits, c.quant_config.group_size = f.bits, f.group
         c.quant_config.zero_point = False
         self.moe = getattr(kt.moe, kind)(c)
         self.cpu.submit(self.moe.load_weights_task(order.ctypes.data))
@@ -187,7 +215,7 @@ class Theirs:
         self.x, self.y = token(), np.zeros((1, HIDDEN), np.uint16)
         self.route = np.full((1, TOP), 1 / TOP, np.float32)
         self.one(0)
-        common.check(f"kt-kernel {kind}", common.from_bf16(self.y[0]), expected(self.x))
+        common.check(f"kt-kernel {kind}", common.from_bf16(self.y[0]), expected(f, self.x))
 
     def one(self, i: int) -> float:
         """Seconds of one token."""
@@ -200,7 +228,7 @@ class Theirs:
         return time.perf_counter() - start
 
 
-def serve(address: str, kind: str, threads: int) -> None:
+def serve(address: str, name: str, kind: str, threads: int) -> None:
     """The child: answers with the seconds per token of one sample."""
     with Client(address, "AF_UNIX") as parent:
         try:
@@ -208,7 +236,7 @@ def serve(address: str, kind: str, threads: int) -> None:
             assert spec and spec.loader
             kt = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(kt)
-            experts = Theirs(kt, kind, threads)
+            experts = Theirs(kt, FORMATS[name], kind, threads)
         except Exception as error:
             parent.send(repr(error))
             return
@@ -222,11 +250,11 @@ def serve(address: str, kind: str, threads: int) -> None:
 class Child:
     """One class of kt-kernel in a stopped process."""
 
-    def __init__(self, folder: Path, kind: str, threads: int) -> None:
+    def __init__(self, folder: Path, name: str, kind: str, threads: int) -> None:
         address = str(folder / f"{kind}.sock")
         command = [sys.executable, "-c", (
             f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r});"
-            f"from peer import kt; kt.serve({address!r}, {kind!r}, {threads})")]
+            f"from peer import kt; kt.serve({address!r}, {name!r}, {kind!r}, {threads})")]
         with Listener(address, "AF_UNIX") as listener:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             self.pipe: Connection = listener.accept()
@@ -255,37 +283,42 @@ class Child:
         self.process.wait()
 
 
-def measure(threads: int, rounds: int) -> list[Row]:
-    """One row: our experts against the better of kt-kernel's classes."""
-    extension()
-    native = Native()
-    threads = max(1, min(threads, len(os.sched_getaffinity(0)) - 1))
+def one_format(name: str, threads: int, rounds: int) -> Row:
+    """Our experts against the better of kt-kernel's classes for one format."""
+    f, native = FORMATS[name], Native()
     children: dict[str, Child] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for kind in KINDS:
+            for kind in f.classes:
                 try:
-                    children[kind] = Child(Path(folder), kind, threads)
+                    children[kind] = Child(Path(folder), name, kind, threads)
                 except RuntimeError as error:
                     print(f"  left out: {error}", file=sys.stderr)
             if not children:
-                raise common.Missing("none of kt-kernel's classes runs on this processor")
-            ours = Ours(native, threads)
+                raise common.Missing(f"none of kt-kernel's classes for {name} runs here")
+            ours = Ours(native, f, threads)
             samples = common.alternate(
                 {"ours": ours.run, **{k: c.run for k, c in children.items()}, "read": ours.read},
                 rounds)
         finally:
             for child in children.values():
                 child.end()
-    n_bytes = TOP * EXPERT_BYTES
-    for name, times in samples.items():
+    n_bytes = TOP * ours.expert_bytes
+    for key, times in samples.items():
         rate = n_bytes / median(times) / 1e9
-        print(f"  {name:18} {median(times) * 1e3:7.2f} ms {rate:6.1f} GB/s", file=sys.stderr)
+        print(f"  {key:18} {median(times) * 1e3:7.2f} ms {rate:6.1f} GB/s", file=sys.stderr)
     best = common.fastest(samples)
     value, limit, peer = (n_bytes / median(samples[n]) / 1e9 for n in ("ours", "read", best))
-    times = median(samples["ours"]) * 1e3, median(samples[best]) * 1e3
-    return [Row(
-        "moe_vs_kt", value, "GB/s", limit, value / limit, peer,
+    times = [median(samples[n]) * 1e3 for n in ("ours", best)]
+    return Row(
+        f.row, value, "GB/s", limit, value / limit, peer,
         common.times_faster(samples["ours"], samples[best]),
         f"kt-kernel {common.version('kt-kernel')} {best}", threads,
-        f"{times[0]:.2f} ms against {times[1]:.2f} ms a layer")]
+        f"{times[0]:.2f} ms against {times[1]:.2f} ms a layer")
+
+
+def measure(threads: int, rounds: int, only: str | None) -> list[Row]:
+    """One row for each format."""
+    extension()
+    threads = max(1, min(threads, len(os.sched_getaffinity(0)) - 1))
+    return [one_format(name, threads, rounds) for name in FORMATS if only in (None, name)]

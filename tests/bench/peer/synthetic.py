@@ -60,10 +60,17 @@ CODES = nano.nearest_code(BELL * 2, nano.E2M1, 8)
 FP4 = CODES | CODES[::-1] << 4
 
 
+def shapes(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor (without hash layers: num_hash_layers is 0)."""
+    return {
+        name: (dtype, shape)
+        for name, ((dtype,), shape) in layout.expected(Config.from_json(config)).items()
+    }
+
+
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, str, Array]]:
-    """Name, dtype and bytes of every tensor (without hash layers: num_hash_layers is 0)."""
-    for name, (dtypes, shape) in layout.expected(Config.from_json(config)).items():
-        (dtype,) = dtypes
+    """Name, dtype and bytes of every tensor."""
+    for name, (dtype, shape) in shapes(config).items():
         yield name, dtype, tensor(name, dtype, shape)
 
 
