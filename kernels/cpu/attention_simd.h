@@ -42,6 +42,7 @@ struct work {
     float *m, *l, *c; /* [heads]: running maximum, denominator, rescale factor of the block */
     size_t heads, strips, d_head;
     size_t nope, scales; /* in a KV row: FP8 codes before the bf16 part, offset of their scales */
+    size_t row_bytes;
 };
 
 /* w->q from a->q; lanes beyond n_head are +0. */
@@ -73,6 +74,7 @@ static struct work cut(const struct dsv4_attention_args *a) {
     w.strips = (w.d_head + STRIP - 1) / STRIP;
     w.nope = a->format == DSV4_KV_FP8 ? (size_t)(a->d_head - a->d_rope) : 0;
     w.scales = w.nope + 2 * (size_t)a->d_rope;
+    w.row_bytes = dsv4_kv_row_bytes(a->format, a->d_head, a->d_rope);
     w.k = a->scratch;
     w.acc = w.k + w.strips * RANKS * STRIP;
     w.p = w.acc + w.strips * w.heads * STRIP;
@@ -118,10 +120,20 @@ static void soften(const struct work *w, size_t head, size_t ranks) {
         pack_p(w, i, head, v_load(p + 2 * i * ld), v_load(p + (2 * i + 1) * ld));
 }
 
-/* One block of at most RANKS keys. */
+/* Part `strip` of the rows of the next block, as far as there are any, into the cache: compressed
+ * rows lie anywhere in memory. */
+static void fetch(const struct work *w, size_t strip, const uint8_t *const *keys, size_t n) {
+    const size_t lines = (w->row_bytes + 63) / 64;
+    for (size_t j = 0; j < n; j++)
+        for (size_t i = strip; keys[j] && i < lines; i += w->strips)
+            __builtin_prefetch(keys[j] + i * 64);
+}
+
+/* One block of at most RANKS keys, the first of `left`. */
 static void block(const struct work *w, const struct dsv4_attention_args *a,
-                  const uint8_t *const *keys, size_t n) {
-    size_t ranks = n;
+                  const uint8_t *const *keys, size_t left) {
+    size_t ranks = left < RANKS ? left : RANKS, next = left - ranks;
+    next = next < RANKS ? next : RANKS;
     while (ranks > 0 && keys[ranks - 1] == NULL)
         ranks--;
     if (ranks == 0)
@@ -129,6 +141,7 @@ static void block(const struct work *w, const struct dsv4_attention_args *a,
     for (size_t s = 0; s < w->strips; s++) {
         for (size_t j = 0; j < ranks; j += 2)
             load_pair(w, s, j / 2, keys[j], j + 1 < ranks ? keys[j + 1] : NULL);
+        fetch(w, s, keys + RANKS, next);
         scores(w, a->scale, s, ranks);
     }
     for (size_t j = 0; j < ranks; j++)
@@ -165,8 +178,7 @@ static void attention(const struct dsv4_attention_args *a) {
         w.l[h] = 0.0f;
     }
     for (int32_t first = 0; first < a->n_key; first += RANKS)
-        block(&w, a, a->keys + first,
-              (size_t)(a->n_key - first < RANKS ? a->n_key - first : RANKS));
+        block(&w, a, a->keys + first, (size_t)(a->n_key - first));
     finish(&w, a);
 }
 

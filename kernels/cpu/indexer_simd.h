@@ -81,9 +81,9 @@ static int fold_queries(struct work *w);
 /* Loads the first of some tiles of at most FOLD_KEYS; returns whether it can be scored so. */
 static int fold_keys(struct work *w, const struct tile *t);
 
-/* Scores the tile loaded last and loads the next meanwhile; returns whether that one can be scored
- * so. */
-static int fold_scores(struct work *w, const struct tile *t, const struct tile *next);
+/* Scores the first tile, loaded last, and loads the second meanwhile; returns whether that one can
+ * be scored so.  The third is fetched into the cache. */
+static int fold_scores(struct work *w, const struct tile t[3]);
 #endif
 
 static struct work cut(const struct dsv4_index_scores_args *a) {
@@ -285,19 +285,24 @@ static void index_scores(const struct dsv4_index_scores_args *a) {
     struct work w = cut(a);
 #ifdef FOLD_KEYS
     int fold = fold_queries(&w);
-    struct tile t = tile_at(&w, 0, FOLD_KEYS), next;
-    for (int loaded = fold && fold_keys(&w, &t); t.n; t = next) {
-        next = tile_at(&w, (size_t)(t.scores - a->scores) + t.n, FOLD_KEYS);
-        if (loaded) {
-            loaded = fold_scores(&w, &t, &next);
-            continue;
-        }
-        for (size_t i = 0; i < t.n; i += TILE_KEYS) {
-            size_t left = t.n - i;
-            tile_scores(&w, t.scores + i, t.keys + i * w.row_bytes,
+    struct tile t[3];
+    size_t s = 0; /* the first key behind them */
+    for (int i = 0; i < 3; i++, s += t[i - 1].n)
+        t[i] = tile_at(&w, s, FOLD_KEYS);
+    for (int loaded = fold && fold_keys(&w, t); t[0].n; s += t[2].n) {
+        int fast = loaded;
+        if (fast)
+            loaded = fold_scores(&w, t);
+        for (size_t i = 0; !fast && i < t[0].n; i += TILE_KEYS) {
+            size_t left = t[0].n - i;
+            tile_scores(&w, t[0].scores + i, t[0].keys + i * w.row_bytes,
                         left < TILE_KEYS ? left : TILE_KEYS);
         }
-        loaded = fold && fold_keys(&w, &next);
+        if (!fast)
+            loaded = fold && fold_keys(&w, t + 1);
+        t[0] = t[1];
+        t[1] = t[2];
+        t[2] = tile_at(&w, s, FOLD_KEYS);
     }
 #else
     for (struct tile t = tile_at(&w, 0, TILE_KEYS); t.n;

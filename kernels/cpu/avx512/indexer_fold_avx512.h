@@ -258,19 +258,22 @@ fold_group(const struct folded *f, const fold_step *k, size_t head, vec score[FO
         fold_add(score, sum[h], i_set1(f->even[head + h]), i_set1(f->odd[head + h]));
 }
 
-static int fold_scores(struct work *w, const struct tile *t, const struct tile *next) {
+static int fold_scores(struct work *w, const struct tile t[3]) {
     const struct folded f = fold_cut(w);
     const size_t n_head = (size_t)w->a->n_head, units = FOLD_VECS * f.n_block;
     const fold_step *k = f.keys[w->half];
     const int32_t *exponent = f.exponent[w->half];
+    size_t ahead = t[2].n * w->row_bytes, fetched = 0;
     vec score[FOLD_VECS];
     w->half ^= 1;
-    int fold = next->n && fold_scales(&f, f.exponent[w->half], next->keys, w->row_bytes, next->n);
-    const uint8_t *rows = fold ? fold_rows(&f, next->keys, w->row_bytes, next->n) : NULL;
+    int fold = t[1].n && fold_scales(&f, f.exponent[w->half], t[1].keys, w->row_bytes, t[1].n);
+    const uint8_t *rows = fold ? fold_rows(&f, t[1].keys, w->row_bytes, t[1].n) : NULL;
     UNROLL
     for (size_t v = 0; v < FOLD_VECS; v++)
         score[v] = v_zero();
     for (size_t head = 0, unit = 0; head < n_head; head += GROUP) {
+        for (; fetched < ahead && fetched * n_head <= (head + GROUP) * ahead; fetched += 64)
+            __builtin_prefetch(t[2].keys + fetched);
         /* the loading of the next tile runs in the shadow of the dots */
         for (; fold && unit * n_head < (head + GROUP) * units && unit < units; unit++)
             fold_unit(&f, f.keys[w->half], rows, w->row_bytes, unit, KEY_OFFSET);
