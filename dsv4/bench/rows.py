@@ -2,7 +2,7 @@
 """The rows: what is measured, in which unit, against which limit."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from dsv4.model import Model
 
 LONG_CONTEXT = 1 << 17  # from here on operations count in the limit of a decoded token
 PREFILL_LINEAR = 384
+PREFILL_EXPERTS = 48  # tokens an expert of the whole model sees in a pass
 LAYER_RUNS = 4
 CONTEXTS = {"1k": 1 << 10, "4k": 1 << 12, "32k": 1 << 15, "128k": 1 << 17, "1m": 1 << 20}
 PROMPTS = {"512": 512, "2k": 2048, "8k": 8192, "32k": 32768}
@@ -72,26 +73,31 @@ def _pool(bench: Bench, fmt: str, least: int) -> list[linears.Matrix]:
     return linears.pool(found, max(least, 256 << 20))
 
 
-def _linear_many(bench: Bench, name: str) -> Row:
+def _linear_many(formats: Sequence[str], n_tok: int) -> Callable[[Bench, str], Row]:
     """What a token meets in the last layer: all its weights, and as many experts as a token has."""
-    last = bench.layer_tensors(bench.config.num_hidden_layers - 1)
-    matrices = linears.matrices(last, bench.address)
-    experts = bench.config.num_experts_per_tok * 3
-    found = {
-        fmt: [m for m in matrices if m.format == code][: experts if fmt == "fp4" else None]
-        for fmt, code in linears.FORMATS.items()}
-    sweeps = {f: linears.Sweep(ms, PREFILL_LINEAR) for f, ms in found.items() if ms}
-    kernels = {f: linears.kernel(f, PREFILL_LINEAR, bench.disable) for f in sweeps}
-    operations = sum(sweep.operations for sweep in sweeps.values())
 
-    def once() -> float:
-        return sum(sweep.seconds(kernels[f], bench.threads) for f, sweep in sweeps.items())
+    def run(bench: Bench, name: str) -> Row:
+        last = bench.layer_tensors(bench.config.num_hidden_layers - 1)
+        matrices = linears.matrices(last, bench.address)
+        experts = bench.config.num_experts_per_tok * 3
+        found = {
+            fmt: [m for m in matrices if m.format == linears.FORMATS[fmt]][
+                : experts if fmt == "fp4" else None]
+            for fmt in formats}
+        sweeps = {f: linears.Sweep(ms, n_tok) for f, ms in found.items()}
+        kernels = {f: linears.kernel(f, n_tok, bench.disable) for f in sweeps}
+        operations = sum(sweep.operations for sweep in sweeps.values())
 
-    once()
-    pairs = bench.pairs(name, once, lambda r: _share(operations, r.exact), ("exact",))
-    nbytes = sum(sweep.nbytes for sweep in sweeps.values())
-    bench.note(name, operations=operations, bytes=nbytes, amount=operations / 1e9)
-    return row(name, operations / 1e9, "GFLOP/s", pairs)
+        def once() -> float:
+            return sum(sweep.seconds(kernels[f], bench.threads) for f, sweep in sweeps.items())
+
+        once()
+        pairs = bench.pairs(name, once, lambda r: _share(operations, r.exact), ("exact",))
+        nbytes = sum(sweep.nbytes for sweep in sweeps.values())
+        bench.note(name, operations=operations, bytes=nbytes, amount=operations / 1e9)
+        return row(name, operations / 1e9, "GFLOP/s", pairs)
+
+    return run
 
 
 # ---- decode ----
@@ -313,7 +319,11 @@ def cases() -> list[Case]:
         for n in (4, 16, 64)]
     found.append(Case("step_4tok", "4 tokens of a sequence in one step", True, _step_4tok))
     found.append(Case("outside", "a token's time that no limit counts", True, _outside))
-    found.append(Case("prefill_linear_384", "linear layers times 384 tokens", True, _linear_many))
+    found += [
+        Case("prefill_linear_384", "linear layers times 384 tokens", True,
+             _linear_many(tuple(linears.FORMATS), PREFILL_LINEAR)),
+        Case("prefill_experts_48", "experts times 48 tokens", True,
+             _linear_many(("fp4",), PREFILL_EXPERTS))]
     found += [
         Case(f"prefill_{name}", f"a prompt of {n:,} tokens, a layer of each kind", name == "2k",
              _prefill(n))

@@ -36,6 +36,7 @@ SHOWN = {
     "step_4tok": "4 tokens in one step, over one token",
     "outside": "a token's time that no limit counts",
     "prefill_linear_384": "linears, 384 tokens",
+    "prefill_experts_48": "FP4 experts, 48 tokens",
     "prefill_2k": "a prompt of 2K, a layer of each kind",
     "prefill_8k": "a prompt of 8K, a layer of each kind",
 }

@@ -109,7 +109,9 @@ def test_long_rows_stop_early(tiny: Checkpoint) -> None:
     with synthetic.load(tiny, 1) as model:
         for least in (1, 2):
             one = measure.Bench(tiny, model, None, 7, least)
-            assert len(one.pairs("a", lambda: 1e3, lambda rates: 1.0, ())) == least
+            assert len(one.pairs("a", lambda: 30.0, lambda rates: 1.0, ())) == 7
+            assert len(one.pairs("a", lambda: 50.0, lambda rates: 1.0, ())) == least
+            assert len(one.pairs("a", lambda: 51.0, lambda rates: 1.0, ())) == 1
             assert len(one.pairs("b", lambda: 1e-3, lambda rates: 1.0, ())) == 7
 
 
