@@ -17,57 +17,114 @@
 #include "cpu/linear_few.h"
 #include "cpu/linear_many.h"
 
+/* Bytes to prefetch ahead in the walks that are not chosen by measurement. */
+enum { AHEAD = 2048 };
+
 #define LINEAR_PASTE(a, b, c) a##b##c
 #define LINEAR_NAME(prefix, set, suffix) LINEAR_PASTE(prefix, set, suffix)
 #define LINEAR_TEXT(set) LINEAR_STRING(set)
 #define LINEAR_STRING(set) #set
 
-/* Whether one multiplication, or none, puts the scales of the call's rows into FP8 codes. */
-INLINE int fp8_folds(const struct dsv4_linear_args *a) {
-    return a->w->scale_rule == DSV4_SCALE_FOLD && (!F32_OPERANDS || folds_once(a));
-}
-
-/* The rows from `row` on, any number of tokens, any scales. */
-static NOINLINE void few_fp8_rest(const struct dsv4_linear_args *a, int32_t row) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        few_plain(a, FP8_BLOCK);
-    else if (a->w->scale_rule == DSV4_SCALE_ROUND)
-        few_plain(a, FP8_ROUND);
-    else if (F32_OPERANDS && !folds_once(a))
-        few_plain(a, FP8_WIDE);
+/* Rows by steps, any number of tokens: R rows with one, GROUP_ROWS with more. */
+INLINE void few_steps_by(const struct dsv4_linear_args *a, const enum form form, const int one,
+                         const int more) {
+    if (a->n_tok == 1)
+        few_walk(a, form, 0, a->row0, a->row1, one, 1, 1, AHEAD);
     else
-        few_rows(a, FP8_FOLD, row);
+        few_walk(a, form, 0, a->row0, a->row1, more, GROUP_TOKENS, 1, AHEAD);
 }
 
-static NOINLINE void few_fp4_rest(const struct dsv4_linear_args *a, int32_t row) {
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
-        few_plain(a, FP4_BLOCK);
+INLINE void few_steps(const struct dsv4_linear_args *a, const enum form form) {
+    few_steps_by(a, form, 4, GROUP_ROWS);
+}
+
+/* Codes that do not go by lines. */
+static NOINLINE void few_fp8_steps(const struct dsv4_linear_args *args, int32_t row0,
+                                   int32_t row1) {
+    struct dsv4_linear_args a = *args;
+    a.row0 = row0;
+    a.row1 = row1;
+    if (a.w->scale_rule == DSV4_SCALE_BLOCK)
+        few_steps_by(&a, FP8_BLOCK, BLOCK_ROWS, BLOCK_ROWS);
+    else if (a.w->scale_rule == DSV4_SCALE_ROUND)
+        few_steps_by(&a, FP8_ROUND, BLOCK_ROWS, BLOCK_ROWS);
     else
-        few_rows(a, FP4_FOLD, row);
+        few_steps_by(&a, F32_OPERANDS ? FP8_WIDE : FP8_FOLD, BLOCK_ROWS, BLOCK_ROWS);
 }
 
-static NOINLINE void few_bf16_rest(const struct dsv4_linear_args *a, int32_t row) {
-    few_rows(a, BF16_PLAIN, row);
+static NOINLINE void few_fp4_steps(const struct dsv4_linear_args *a) {
+    few_steps_by(a, FP4_BLOCK, BLOCK_ROWS, BLOCK_ROWS);
+}
+
+/* More than one token: these share their code. */
+static NOINLINE void few_fp8_tokens(const struct dsv4_linear_args *a, int32_t row0, int32_t row1) {
+    few_walk(a, FP8_FOLD, 1, row0, row1, LINE_ROWS_FP8, LINE_TOKENS_FP8, 1, AHEAD);
+}
+
+static NOINLINE void few_fp4_tokens(const struct dsv4_linear_args *a) {
+    few_walk(a, FP4_FOLD, 1, a->row0, a->row1, LINE_ROWS_FP4, LINE_TOKENS_FP4, 1, AHEAD);
+}
+
+static NOINLINE void few_bf16_tokens(const struct dsv4_linear_args *a) {
+    few_walk(a, BF16_PLAIN, 0, a->row0, a->row1, GROUP_ROWS, GROUP_TOKENS, 1, AHEAD);
+}
+
+/* The inputs of all tokens into the scratch. */
+static NOINLINE int pack_fp8_tokens(const struct dsv4_linear_args *a, int32_t row) {
+    const uint8_t *scales = (const uint8_t *)a->w->scale + row_scales(FP8_FOLD, row, a->w->cols);
+    int all = 1;
+    for (int32_t t = 0; t < a->n_tok; t++)
+        all &= pack_fp8((uint8_t *)a->scratch + (size_t)t * packed_bytes(a->w->cols), token(a, t),
+                        a->w->cols, scales);
+    return all;
+}
+
+static NOINLINE void pack_fp4_tokens(const struct dsv4_linear_args *a) {
+    for (int32_t t = 0; t < a->n_tok; t++)
+        pack_fp4((uint8_t *)a->scratch + (size_t)t * packed_bytes(a->w->cols), token(a, t),
+                 a->w->cols);
 }
 
 INLINE void few_fp8(const struct dsv4_linear_args *a, const int R, const int spaced,
                     const int ahead) {
     assert(a->w->format == DSV4_W_FP8);
-    int walk = a->n_tok == 1 && fp8_folds(a);
-    few_fp8_rest(a, walk ? few_walk(a, FP8_FOLD, R, spaced, ahead) : a->row0);
+    if (a->w->scale_rule != DSV4_SCALE_FOLD) {
+        few_fp8_steps(a, a->row0, a->row1);
+        return;
+    }
+    for (int32_t row = a->row0, end; row < a->row1; row = end) {
+        end = (row / DSV4_FP8_BLOCK + 1) * DSV4_FP8_BLOCK;
+        end = end < a->row1 ? end : a->row1;
+        if (!pack_fp8_tokens(a, row))
+            few_fp8_steps(a, row, end);
+        else if (a->n_tok == 1)
+            few_walk(a, FP8_FOLD, 1, row, end, R, 1, spaced, ahead);
+        else
+            few_fp8_tokens(a, row, end);
+    }
 }
 
 INLINE void few_fp4(const struct dsv4_linear_args *a, const int R, const int spaced,
                     const int ahead) {
     assert(a->w->format == DSV4_W_FP4 && a->w->cols % DSV4_FP4_BLOCK == 0);
-    int walk = a->n_tok == 1 && a->w->scale_rule == DSV4_SCALE_FOLD;
-    few_fp4_rest(a, walk ? few_walk(a, FP4_FOLD, R, spaced, ahead) : a->row0);
+    if (a->w->scale_rule != DSV4_SCALE_FOLD) {
+        few_fp4_steps(a);
+        return;
+    }
+    pack_fp4_tokens(a);
+    if (a->n_tok == 1)
+        few_walk(a, FP4_FOLD, 1, a->row0, a->row1, R, 1, spaced, ahead);
+    else
+        few_fp4_tokens(a);
 }
 
 INLINE void few_bf16(const struct dsv4_linear_args *a, const int R, const int spaced,
                      const int ahead) {
     assert(a->w->format == DSV4_W_BF16);
-    few_bf16_rest(a, a->n_tok == 1 ? few_walk(a, BF16_PLAIN, R, spaced, ahead) : a->row0);
+    if (a->n_tok == 1)
+        few_walk(a, BF16_PLAIN, 0, a->row0, a->row1, R, 1, spaced, ahead);
+    else
+        few_bf16_tokens(a);
 }
 
 #define LINEAR_FEW(format, name) LINEAR_NAME(dsv4k_linear_few_##format##_, LINEAR_SET, _##name)

@@ -65,16 +65,6 @@ INLINE float read_scale(const struct dsv4_weight *w, size_t i) {
     return s;
 }
 
-/* Whether every FOLD scale of the call's rows is at most FOLD_ONCE_MAX. */
-INLINE int folds_once(const struct dsv4_linear_args *a) {
-    const uint8_t *s = a->w->scale;
-    size_t end = row_scales(FP8_FOLD, a->row1 + DSV4_FP8_BLOCK - 1, a->w->cols);
-    uint8_t largest = 0;
-    for (size_t i = row_scales(FP8_FOLD, a->row0, a->w->cols); i < end; i++)
-        largest = s[i] > largest ? s[i] : largest;
-    return largest <= FOLD_ONCE_MAX;
-}
-
 INLINE const dsv4_bf16 *token(const struct dsv4_linear_args *a, int32_t t) {
     return a->x + (a->tok ? a->tok[t] : t) * a->ld_x;
 }

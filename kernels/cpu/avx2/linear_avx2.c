@@ -8,7 +8,8 @@
 
 #include "cpu/linear_forms.h"
 
-enum { UNITS = 2, GROUP_TOKENS = 4, GROUP_ROWS = 1 };
+enum { UNITS = 2, MAX_ROWS = 4, GROUP_TOKENS = 4, GROUP_ROWS = 1, BLOCK_ROWS = 1 };
+enum { LINE_ROWS_FP8 = 1, LINE_TOKENS_FP8 = 4, LINE_ROWS_FP4 = 2, LINE_TOKENS_FP4 = 2 };
 enum { TILE_ROWS = 4, TILE_TOKENS = 3, OPERAND_BYTES = 64 };
 
 typedef __m256 lanes;
@@ -221,6 +222,8 @@ INLINE void sum4(float sums[4], const lanes *a, const lanes *b, const lanes *c, 
     sums[3] = _mm_cvtss_f32(_mm256_extractf128_ps(cd, 1));
 }
 
+#include "cpu/avx2/linear_lines_avx2.h"
+
 #define LINEAR_SET avx2
 #define F32_OPERANDS 1
 #include "cpu/linear_entries.h"
@@ -232,7 +235,7 @@ LINEAR_WALK(rows4_far, 4, 0, 8192)
 
 static void dsv4k_linear_few_f32_avx2(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_F32);
-    few_rows(a, F32_PLAIN, a->row0);
+    few_steps(a, F32_PLAIN);
 }
 
 static void dsv4k_linear_many_f32_avx2(const struct dsv4_linear_args *a) {

@@ -74,8 +74,7 @@ INLINE void prepare_scale(const enum form form, const struct dsv4_weight *w, siz
         out->block = read_scale(w, scales + (size_t)(k / SPAN_FP8));
     } else if (is_fp4(form)) {
         const uint8_t *bytes = (const uint8_t *)w->scale + scales + k / DSV4_FP4_BLOCK;
-        __m512i wide = fp4_scale_bytes(bytes, n);
-        _mm512_storeu_ps(out->each, e8m0_values(wide));
+        _mm512_storeu_ps(out->each, e8m0_values(fp4_scale_bytes(bytes, n)));
     }
 }
 
@@ -135,6 +134,68 @@ INLINE operand decode(const enum form form, const uint8_t *p, const struct row_s
     return decode_f32(p, n, masked);
 }
 
+/* What decode_fp4 takes of each scale under FP4_FOLD. */
+INLINE __m512i fold_fp4(__m512i bytes) {
+    return _mm512_slli_epi32(bytes, 23);
+}
+
+#include "cpu/avx512/linear_lines_avx512.h"
+
+/* A line takes x as f32, 16 odd and 16 even elements of each step. */
+INLINE void store_planes(uint8_t *out, int32_t k, operand x) {
+    _mm512_store_ps(out + 4 * (size_t)k, x.odd);
+    _mm512_store_ps(out + 4 * (size_t)k + 64, x.even);
+}
+
+INLINE int pack_fp8(uint8_t *out, const dsv4_bf16 *x, int32_t cols, const uint8_t *scales) {
+    enum { NOT_FINITE = 0x99 };
+    __mmask16 bad = 0;
+    for (int32_t k = 0; k < packed_columns(cols); k += STEP) {
+        const uint32_t byte = k < cols ? scales[k / DSV4_FP8_BLOCK] : 0;
+        const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32((int)((byte + 120) << 23)));
+        operand v = expand(load_padded(x, k, cols));
+        v.odd = _mm512_mul_ps(v.odd, scale);
+        v.even = _mm512_mul_ps(v.even, scale);
+        bad |= _mm512_fpclass_ps_mask(v.odd, NOT_FINITE) |
+               _mm512_fpclass_ps_mask(v.even, NOT_FINITE) | (__mmask16)(byte > FOLD_ONCE_MAX);
+        store_planes(out, k, v);
+    }
+    return !bad;
+}
+
+INLINE void pack_fp4(uint8_t *out, const dsv4_bf16 *x, int32_t cols) {
+    for (int32_t k = 0; k < packed_columns(cols); k += STEP)
+        store_planes(out, k, expand(load_padded(x, k, cols)));
+}
+
+INLINE void line_products(struct lines *s, int r, operand w, size_t k, const int T) {
+    EACH (t, T) {
+        const uint8_t *x = s->x + (size_t)t * s->packed + 4 * k;
+        s->acc[r][t][0] =
+            multiply_add(s->acc[r][t][0], w, (operand){_mm512_load_ps(x), _mm512_load_ps(x + 64)});
+    }
+}
+
+INLINE void line_fp8(struct lines *s, size_t at, const int R, const int T) {
+    EACH (r, R) {
+        const uint8_t *codes = s->w[r] + at;
+        __m512i v = _mm512_loadu_si512(codes);
+        s->seen[r] = _mm512_max_epu8(s->seen[r], _mm512_add_epi8(v, v));
+        EACH (half, 2)
+            line_products(s, r, expand(fp8_words(codes + half * STEP)), at + half * STEP, T);
+    }
+}
+
+INLINE void line_fp4(struct lines *s, size_t at, const int R, const int T) {
+    line_scales(s, at, R);
+    EACH (b, LINE_BLOCKS)
+        EACH (r, R) {
+            const size_t here = at + (size_t)b * FP4_BLOCK_BYTES;
+            const float scale = s->each[r][at / FP4_BLOCK_BYTES % SPAN_STEPS + (size_t)b];
+            line_products(s, r, decode_fp4(FP4_FOLD, line_block(s, r, here), scale), 2 * here, T);
+        }
+}
+
 #define LINEAR_SET avx512
 #define F32_OPERANDS 1
 #include "cpu/linear_entries.h"
@@ -142,11 +203,11 @@ INLINE operand decode(const enum form form, const uint8_t *p, const struct row_s
 LINEAR_WALK(rows4, 4, 0, 2048)
 LINEAR_WALK(rows4_spaced, 4, 1, 2048)
 LINEAR_WALK(rows4_far, 4, 0, 8192)
-LINEAR_WALK(rows8, 8, 0, 2048)
+LINEAR_WALK(rows8_spaced, 8, 1, 2048)
 
 static void dsv4k_linear_few_f32_avx512(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_F32);
-    few_rows(a, F32_PLAIN, a->row0);
+    few_steps(a, F32_PLAIN);
 }
 
 static void dsv4k_linear_many_f32_avx512(const struct dsv4_linear_args *a) {
@@ -158,7 +219,7 @@ const struct dsv4_variant dsv4k_avx512_linear[] = {
     LINEAR_WALK_VARIANTS(rows4),
     LINEAR_WALK_VARIANTS(rows4_spaced),
     LINEAR_WALK_VARIANTS(rows4_far),
-    LINEAR_WALK_VARIANTS(rows8),
+    LINEAR_WALK_VARIANTS(rows8_spaced),
     LINEAR_MANY_VARIANTS,
     DSV4_VARIANT(linear_few_f32, dsv4k_linear_few_f32_avx512, "avx512", 0),
     DSV4_VARIANT(linear_many_f32, dsv4k_linear_many_f32_avx512, "avx512", 0),

@@ -11,7 +11,8 @@
 
 #include "cpu/linear_forms.h"
 
-enum { UNITS = 1, GROUP_TOKENS = 4, GROUP_ROWS = 4 };
+enum { UNITS = 1, MAX_ROWS = 8, GROUP_TOKENS = 4, GROUP_ROWS = 4, BLOCK_ROWS = 2 };
+enum { LINE_ROWS_FP8 = 4, LINE_TOKENS_FP8 = 4, LINE_ROWS_FP4 = 4, LINE_TOKENS_FP4 = 4 };
 
 typedef __m512 lanes;
 
