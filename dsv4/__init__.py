@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dsv4.memory import Plan, plan
     from dsv4.model import Layer, Model, Session
     from dsv4.sampling import Sampling
+    from dsv4.tensors import Tensor
     from dsv4.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ _WHERE = {
     "Plan": "memory",
     "plan": "memory",
     "Sampling": "sampling",
+    "Tensor": "tensors",
     "Tokenizer": "tokenizer",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "Sampling",
     "Session",
     "Stream",
+    "Tensor",
     "TokenLogprob",
     "Tokenizer",
     "encode_messages",

@@ -84,3 +84,6 @@ def time_linear(
     threads: int, function: int, calls: ReadableBuffer, scratch: WriteableBuffer, tile: int,
     repeats: int, /
 ) -> list[float]: ...
+def dlpack(
+    bytes: Any, shape: tuple[int, ...], code: int, bits: int, versioned: bool, /
+) -> Any: ...

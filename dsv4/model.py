@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dsv4 import _core
 from dsv4.checkpoint import Checkpoint
 from dsv4.memory import Plan, size
+from dsv4.tensors import Tensors
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Model:
         The checkpoint's own sampling defaults.
     layers : tuple of Layer
         Each callable on its own.
+    tensors : Tensors
+        Every tensor of the checkpoint by name, as it lies there.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Model:
         self._mapped = bool(options["use_mmap"])
         self._shards = len(checkpoint.shards)
         self.threads = self._core.threads
+        self.tensors = Tensors(core, checkpoint.tensors)
         self.layers = tuple(Layer(self, i) for i in range(self.config.num_hidden_layers))
 
     @property

@@ -4,6 +4,7 @@
  * subinterpreters, as NumPy's core does.
  */
 #include "module.h"
+#include "py_dlpack.h"
 #include "py_kernels.h"
 
 static int add_type(PyObject *module, PyTypeObject **slot, PyType_Spec *spec) {
@@ -74,6 +75,10 @@ static PyMethodDef module_methods[] = {
      PyDoc_STR("logprobs(logits, ids, k, /)\n--\n\n"
                "[(logprob of ids[i], [(id, logprob) of the k best]), ...] for float32 logits [n, "
                "vocab].")},
+    {"dlpack", dlpack_function, METH_VARARGS,
+     PyDoc_STR("dlpack(bytes, shape, code, bits, versioned, /)\n--\n\n"
+               "A DLPack capsule over a contiguous buffer, which it keeps; code and bits are those "
+               "of DLDataType.")},
     {NULL, NULL, 0, NULL},
 };
 
