@@ -108,8 +108,8 @@ class Bench:
             model.close()
         self.models.clear()
 
-    def note(self, name: str, **facts: float) -> None:
-        """Keep numbers about a row for the report.
+    def note(self, name: str, **facts: Any) -> None:
+        """Keep facts about a row for the report.
 
         For the roofline: `operations` and `bytes` of one run, and its `amount` in the row's unit
         times seconds.

@@ -26,8 +26,8 @@ class Report:
     """Everything measured in one run.  `str` is a table, `as_dict` the same for machines.
 
     details: of a row, how many pairs it is the median of, how many of them were unsteady, and for
-    the roofline the operations and bytes of a run and its amount in the row's unit x seconds; the
-    shares of `outside`; the engine that a row is compared with.
+    the roofline the operations and bytes of a run and its amount in the row's unit x seconds; its
+    kernel, or distinct experts a layer; the shares of `outside`; the engine compared with.
     """
 
     machine: dict[str, Any]
@@ -40,7 +40,10 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([
-            *_heading(self.machine), "", *_table([row for row in self.rows if row.peer is None]),
+            *_heading(self.machine), "",
+            *_table(
+                [row for row in self.rows if row.peer is None],
+                {name: facts.get("kernel", "") for name, facts in self.details.items()}),
             *self._phases(), *self._warnings(), *self._peers(), "",
             *_bytes(self.machine), "", *_projections(self.machine, self.rows)])
 
@@ -200,7 +203,7 @@ def bar(ratio: float, width: int = 20) -> str:
     return "#" * filled + "." * (width - filled)
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Row], kernels: Mapping[str, str]) -> list[str]:
     width = max([len(row.name) for row in rows], default=4)
     lines = [f"{'':{width}}  {'measured':>10}  {'limit':>10}  ratio"]
     for row in rows:
@@ -209,7 +212,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         shown = "" if row.ratio is None or row.unit in LOWER else f"  {bar(row.ratio)}"
         less = "  (less is better)" if row.unit in LOWER else ""
         lines.append(f"{row.name:{width}}  {number(row.value):>10}  {limit:>10}  {ratio}"
-                     f"{shown}  {row.unit}{less}")
+                     f"{shown}  {row.unit}{less}  {kernels.get(row.name, '')}".rstrip())
     return lines
 
 

@@ -55,7 +55,8 @@ def _linear_few(fmt: str, everyone: bool, disable: str) -> Callable[[Bench, str]
         pairs = bench.pairs(
             name, lambda: sweep.seconds(which, threads),
             lambda r: _share(sweep.nbytes, r.read), ("read",), threads)
-        bench.note(name, operations=sweep.operations, bytes=sweep.nbytes, amount=sweep.nbytes / 1e9)
+        bench.note(name, operations=sweep.operations, bytes=sweep.nbytes,
+                   amount=sweep.nbytes / 1e9, kernel=which.name)
         return row(name, sweep.nbytes / 1e9, "GB/s", pairs)
 
     return run
@@ -94,7 +95,9 @@ def _linear_many(formats: Sequence[str], n_tok: int) -> Callable[[Bench, str], R
         once()
         pairs = bench.pairs(name, once, lambda r: _share(operations, r.exact), ("exact",))
         nbytes = sum(sweep.nbytes for sweep in sweeps.values())
-        bench.note(name, operations=operations, bytes=nbytes, amount=operations / 1e9)
+        names = ", ".join(sorted({which.name for which in kernels.values()}))
+        bench.note(name, operations=operations, bytes=nbytes, amount=operations / 1e9,
+                   kernel=names)
         return row(name, operations / 1e9, "GFLOP/s", pairs)
 
     return run
@@ -138,6 +141,7 @@ def _decode(context: int, batch: int = 1, threads: int | None = None) -> Callabl
                 name, lambda: bench.step(sessions, 1), ideal, ("read", "exact", "byte"), threads)
         linear, work = bench.decode_work(position, batch)
         bench.note(name, operations=linear + work.dot + work.byte, amount=batch,
+                   experts=bench.experts(batch),
                    bytes=sum(bench.decode_bytes(position, batch).values()))
         return row(name, batch, "tokens/s", pairs)
 
@@ -209,6 +213,7 @@ def _step_4tok(bench: Bench, name: str) -> Row:
         for _ in range(bench.repeats):
             alone = bench.step(sessions, 1)
             found.append((bench.step(sessions, STEP_TOKENS, 2) - extra / one * alone) / alone)
+    bench.note(name, experts=bench.experts(STEP_TOKENS))
     value = median(found)
     return Row(name, value, "x one token", 1.0, value)
 

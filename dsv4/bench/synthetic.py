@@ -39,6 +39,7 @@ PIECE_BYTES = 16 << 20
 LEFT_FREE = 1 << 30
 CONTEXT = 1 << 20  # of the one long session there must be room for
 BATCH = 64
+MODELS_AT_ONCE = 3  # the whole, with one thread, and some layers: weights are shared, buffers not
 FP8_SIGMA, FP4_SIGMA = 60.0, 2.0  # of codes, as scaling a block's largest value to the top gives
 MIDDLE = 127  # the E8M0 byte of 1
 
@@ -135,7 +136,7 @@ def need(config: Mapping[str, Any]) -> Need:
             rest += _filled(name, n, c)
     long = sum(memory.state_bytes(c, min(CONTEXT, c.max_position_embeddings)).values())
     many = BATCH * sum(memory.state_bytes(c, min(4096, c.max_position_embeddings)).values())
-    run = max(long, many) + memory.step_workspace(c, BATCH)
+    run = max(long, many) + MODELS_AT_ONCE * memory.step_workspace(c, BATCH)
     return Need(expert // c.num_experts_per_tok, rest, run)
 
 

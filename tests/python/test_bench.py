@@ -64,13 +64,14 @@ def test_every_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert machine["threads"] == 2 and machine["limits"]["read_gb_s"] > 0
     assert machine["model"]["layers"] == 6 and machine["model"]["experts"] == 8
     assert machine["model"]["full_experts"] == 12
-    names = {row["name"] for row in told["rows"]}
+    names, text = {row["name"] for row in told["rows"]}, str(found)
     shares = told["details"].pop("outside")
     assert list(shares) == list(_core.PHASES) and sum(shares.values()) == pytest.approx(1, abs=0.1)
-    assert "time of a token at 4k: fp8 " in str(found)
+    assert "time of a token at 4k: fp8 " in text
+    assert told["details"].pop("step_4tok").keys() == {"experts"}
+    assert told["details"]["linear_fp8_1tok_1t"]["kernel"] in text
     assert set(told["details"]) == names - {"step_4tok", "outside", "decode_scaling"}
     assert all(kept["pairs"] == 3 >= kept["unsteady"] for kept in told["details"].values())
-    text = str(found)
     for row in told["rows"]:
         assert f"\n{row['name']} " in text
     for kind in count.CLASSES:
