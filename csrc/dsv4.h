@@ -63,10 +63,12 @@ struct dsv4_options {
     int32_t numerics;               /* enum dsv4_numerics */
     int32_t april_kv;               /* 1: KV rows are not rounded to FP8 (SPEC 3.4, official bug) */
     int32_t april_shared;           /* 1: the shared expert is not clamped (SPEC 4.3) */
-    int32_t n_thread;               /* 0: one per processor this process may run on, fewer for small models */
+    int32_t n_thread;               /* 0: one per physical core this process may use, fewer for small models */
     int32_t chunk_tok;              /* tokens per pass; 0: default */
     int32_t use_mmap;               /* 0: read into owned memory */
     uint64_t expert_bytes;          /* with use_mmap: memory for routed experts, read from disk when chosen; 0: no limit */
+    int32_t copy_to_nodes;          /* with use_mmap and several memory nodes: copy weights to where they are used */
+    const char *root;               /* where /sys and /proc are found, for tests; NULL: this machine's */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
     /* bytes scanned, from the calling thread, at least every 50 ms; non-zero cancels (DSV4_E_CANCELLED); or NULL */
     int (*progress)(void *arg, uint64_t done, uint64_t total);

@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="four layers, under 90 seconds")
     bench.add_argument("--model", default="flash", choices=("flash", "pro"), help="dimensions")
     bench.add_argument("--experts", type=int, metavar="N", help="a layer; by default what fits")
-    bench.add_argument("--threads", type=int, metavar="N", help="by default one per processor")
+    bench.add_argument("--threads", type=int, metavar="N", help="by default one per core")
     bench.add_argument("--only", action="append", metavar="NAME", help="this row; may be repeated")
     bench.add_argument("--plot", metavar="FILE.png", help="bars and a roofline")
     bench.add_argument(
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="PATH", help="folder or hub id; by default the model "
                          "inside dsv4")
-    command.add_argument("--threads", type=int, metavar="N", help="by default one per processor")
+    command.add_argument("--threads", type=int, metavar="N", help="by default one per core")
     command.add_argument("--numerics", default="official", choices=("official", "weights"))
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument("--no-mmap", action="store_true", help="read the weights into memory")

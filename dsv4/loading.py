@@ -51,12 +51,13 @@ def load(
         Where it runs.
     threads : int, optional
         Threads of its team; by default DSV4_NUM_THREADS, then OMP_NUM_THREADS, then one per
-        processor this process may use.  It changes the speed, never a bit of the results.
+        physical core this process may use.  It changes the speed, never a bit of the results.
     numerics : "official" or "weights"
         "official" computes what the published code does, rounding points included; "weights" does
         not round the inputs of linear layers to FP8.
     mmap : bool
-        Use the weights where the files are mapped.  False reads all into memory of this process:
+        Use the weights where the files are mapped (on machines with several memory nodes: copies of
+        them, each row on the node that computes it, if there is memory for all).  False reads all into memory of this process:
         for file systems on which files may shrink while they are used.
     memory : int, optional
         Most bytes to use for weights, state and work; what is free by default.  If it needs more,
@@ -119,6 +120,8 @@ def load(
         needs = fitting(plan(folder, context=context), mmap, memory)
         if needs.experts_in_memory < needs.experts:
             options["expert_bytes"] = needs.experts_in_memory * needs.expert_bytes
+        else:
+            options["copy_to_nodes"] = int(mmap)
         tokenizer, defaults = _text_files(folder, checkpoint.config)
         with _Progress(str(folder)) as progress:
             core = engine(checkpoint, options, progress)
@@ -168,6 +171,7 @@ def _options(
         numerics=NUMERICS[numerics], april_kv=int(april_kv is True),
         april_shared=int(april_shared is True), n_thread=_thread_count(threads), chunk_tok=0,
         use_mmap=int(mmap is True), expert_bytes=0,
+        copy_to_nodes=0,
         disable=os.environ.get("DSV4_CPU_DISABLE") or None,
     )
 

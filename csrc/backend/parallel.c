@@ -18,6 +18,7 @@ struct dsv4_team {
     pthread_cond_t start, done, turn;
     pthread_t *threads;   /* owned, [n] */
     dsv4_worker *workers; /* owned, [n] */
+    const struct dsv4_topology *topology; /* borrowed, or NULL */
     int n, started;       /* threads that run */
     pid_t pid;            /* the process that owns the threads */
     int quit;
@@ -82,6 +83,10 @@ static void *worker_main(void *arg) {
     dsv4_worker *w = arg;
     dsv4_team *t = w->team;
     uint64_t seen = 0;
+    if (t->topology && t->topology->n_node > 1) {
+        int32_t first, count;
+        dsv4_topology_bind(t->topology, dsv4_topology_node(t->topology, w->id, w->n, &first, &count));
+    }
     pthread_mutex_lock(&t->lock);
     for (;;) {
         while (t->job == seen && !t->quit)
@@ -97,13 +102,6 @@ static void *worker_main(void *arg) {
     }
     pthread_mutex_unlock(&t->lock);
     return NULL;
-}
-
-int dsv4_processors(void) {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        return CPU_COUNT(&set);
-    return 1;
 }
 
 dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err) {
@@ -126,7 +124,7 @@ dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err) {
     pthread_cond_init(&t->done, &clock);
     pthread_condattr_destroy(&clock);
     for (int i = 0; i < n; i++)
-        workers[i] = (dsv4_worker){t, i, n};
+        workers[i] = (dsv4_worker){.team = t, .id = i, .n = n, .node_n = n};
     *out = t;
     return DSV4_OK;
 }
@@ -210,6 +208,12 @@ void dsv4_team_finish(dsv4_team *t) {
     while (t->running)
         pthread_cond_wait(&t->done, &t->lock);
     leave(t);
+}
+
+void dsv4_team_place(dsv4_team *t, const struct dsv4_topology *topology) {
+    t->topology = topology;
+    for (int32_t i = 0; i < t->n; i++)
+        dsv4_topology_node(topology, i, t->n, &t->workers[i].node_first, &t->workers[i].node_n);
 }
 
 int dsv4_team_size(const dsv4_team *t) {

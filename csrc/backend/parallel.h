@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "backend/topology.h"
 #include "core/status.h"
 
 typedef struct dsv4_team dsv4_team;
@@ -23,17 +24,20 @@ typedef struct dsv4_team dsv4_team;
 typedef struct dsv4_worker {
     dsv4_team *team; /* borrowed */
     int id, n;       /* this worker and how many there are */
+    int node_first, node_n; /* the workers of its memory node; all where there is one */
 } dsv4_worker;
 
 typedef void dsv4_job_fn(dsv4_worker *w, void *ctx);
-
-/* Processors this process may run on. */
-int dsv4_processors(void);
 
 /* Threads start at the first job. */
 dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err);
 void dsv4_team_destroy(dsv4_team *team); /* NULL is legal; waits for a running job; does nothing in a forked child */
 int dsv4_team_size(const dsv4_team *team);
+/*
+ * Before the first job: gives each worker its node.  With several nodes its thread will run on the processors of that
+ * node only.  The topology is borrowed and outlives the team.
+ */
+void dsv4_team_place(dsv4_team *team, const struct dsv4_topology *topology);
 
 /*
  * Starts a job; waits in order of arrival while another one runs.  Exactly one dsv4_team_finish follows, by the same
@@ -58,12 +62,22 @@ static inline void dsv4_share(const dsv4_worker *w, int64_t n, int64_t grain, in
 }
 
 /*
- * Unequal work: items lie one after another, each of `units` that cost the same.  This worker's part of the total is
- * contiguous; of the item whose units begin at `before` it gets [*u0, *u1), those that begin inside its part.
+ * Weights are cut by node first: of `units` rows or blocks of rows the node of this worker always has [*lo, *hi),
+ * whatever else is computed, so these can lie in its memory.
+ */
+static inline void dsv4_share_node(const dsv4_worker *w, int64_t units, int64_t *lo, int64_t *hi) {
+    *lo = units * w->node_first / w->n;
+    *hi = units * (w->node_first + w->node_n) / w->n;
+}
+
+/*
+ * Unequal work of the workers of one node: items lie one after another, each of `units` that cost the same.  This
+ * worker's part of the total is contiguous; of the item whose units begin at `before` it gets [*u0, *u1), those that
+ * begin inside its part.
  */
 static inline void dsv4_share_cost(const dsv4_worker *w, int64_t total, int64_t before, int64_t cost, int64_t units,
                                    int64_t *u0, int64_t *u1) {
-    int64_t lo = total * w->id / w->n, hi = total * (w->id + 1) / w->n;
+    int64_t id = w->id - w->node_first, lo = total * id / w->node_n, hi = total * (id + 1) / w->node_n;
     int64_t first = lo <= before ? 0 : (lo - before + cost - 1) / cost;
     int64_t last = hi <= before ? 0 : (hi - before + cost - 1) / cost;
     *u0 = first < units ? first : units;

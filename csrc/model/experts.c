@@ -51,19 +51,6 @@ struct dsv4_expert_cache {
 
 /* ------------------------------------------------------------------------------------------------ where an expert is */
 
-static uint64_t data_bytes(const struct dsv4_weight *w) {
-    uint64_t n = (uint64_t)w->rows * (uint64_t)w->cols;
-    return w->format == DSV4_W_FP4 ? n / 2 : w->format == DSV4_W_FP8 ? n : w->format == DSV4_W_BF16 ? 2 * n : 4 * n;
-}
-
-static uint64_t scale_bytes(const struct dsv4_weight *w) {
-    if (!w->scale)
-        return 0;
-    uint64_t n = w->format == DSV4_W_FP4 ? (uint64_t)w->rows * ((uint64_t)w->cols / DSV4_FP4_BLOCK)
-                                         : ((uint64_t)w->rows + 127) / 128 * (((uint64_t)w->cols + 127) / 128);
-    return w->scale_type == DSV4_SCALE_E8M0 ? n : w->scale_type == DSV4_SCALE_BF16 ? 2 * n : 4 * n;
-}
-
 static struct part part_of(const dsv4_model *m, const void *data, uint64_t bytes) {
     const uint8_t *p = data;
     for (int32_t i = 0; data && i < m->n_shard; i++)
@@ -75,8 +62,8 @@ static struct part part_of(const dsv4_model *m, const void *data, uint64_t bytes
 static void parts_of(const dsv4_model *m, const struct dsv4_expert *e, struct part *out) {
     const struct dsv4_weight *w[] = {&e->w1, &e->w3, &e->w2};
     for (int i = 0; i < 3; i++) {
-        out[2 * i] = part_of(m, w[i]->data, data_bytes(w[i]));
-        out[2 * i + 1] = part_of(m, w[i]->scale, scale_bytes(w[i]));
+        out[2 * i] = part_of(m, w[i]->data, dsv4_weight_bytes(w[i]));
+        out[2 * i + 1] = part_of(m, w[i]->scale, dsv4_scale_bytes(w[i]));
     }
 }
 

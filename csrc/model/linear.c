@@ -55,14 +55,17 @@ static int64_t grain_cost(const struct dsv4_weight *w, int32_t n_tok) {
 }
 
 void dsv4_linear_jobs(dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_linear_job *jobs, int n_job) {
-    int64_t total = 0, before = 0;
-    for (int i = 0; i < n_job; i++)
-        total += (jobs[i].w->rows + GRAIN_ROWS - 1) / GRAIN_ROWS * grain_cost(jobs[i].w, p->n_tok);
+    int64_t total = 0, before = 0, lo, hi, u0, u1;
     for (int i = 0; i < n_job; i++) {
-        int64_t units = (jobs[i].w->rows + GRAIN_ROWS - 1) / GRAIN_ROWS, cost = grain_cost(jobs[i].w, p->n_tok), u0, u1;
-        dsv4_share_cost(w, total, before, cost, units, &u0, &u1);
-        int32_t r0 = (int32_t)u0 * GRAIN_ROWS, r1 = (int32_t)u1 * GRAIN_ROWS;
+        dsv4_share_node(w, (jobs[i].w->rows + GRAIN_ROWS - 1) / GRAIN_ROWS, &lo, &hi);
+        total += (hi - lo) * grain_cost(jobs[i].w, p->n_tok);
+    }
+    for (int i = 0; i < n_job; i++) {
+        int64_t cost = grain_cost(jobs[i].w, p->n_tok);
+        dsv4_share_node(w, (jobs[i].w->rows + GRAIN_ROWS - 1) / GRAIN_ROWS, &lo, &hi);
+        dsv4_share_cost(w, total, before, cost, hi - lo, &u0, &u1);
+        int32_t r0 = (int32_t)(lo + u0) * GRAIN_ROWS, r1 = (int32_t)(lo + u1) * GRAIN_ROWS;
         dsv4_linear_rows(w, p, &jobs[i], NULL, p->n_tok, r0, r1 < jobs[i].w->rows ? r1 : jobs[i].w->rows);
-        before += units * cost;
+        before += (hi - lo) * cost;
     }
 }

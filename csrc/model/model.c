@@ -2,6 +2,7 @@
 /* Loading: checks of the configuration, mapping, binding, kernel choice, workspace; and the accessors. */
 #include <math.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "core/arena.h"
 #include "gen/kvcache.h"
@@ -117,18 +118,19 @@ static dsv4_status choose_kernels(dsv4_model *m, dsv4_error *err) {
 }
 
 /*
- * The default: one thread per processor, but no more than the weights can feed.  A step of a small model is shorter than
- * the barriers of a team whose neighbours hold a core (150 tokens of a 9 MB model on two busy cores: 0.2 s with one
- * thread, 7 s with two).
+ * The default: one thread per physical core, but no more than control groups allow and than the weights can feed.  A
+ * step of a small model is shorter than the barriers of a team whose neighbours hold a core (150 tokens of a 9 MB model
+ * on two busy cores: 0.2 s with one thread, 7 s with two).
  */
-static int32_t thread_count(const struct dsv4_options *options, const struct dsv4_shard_desc *shards, int32_t n_shard) {
+static int32_t thread_count(const struct dsv4_topology *topology, const struct dsv4_options *options,
+                            const struct dsv4_shard_desc *shards, int32_t n_shard) {
     const uint64_t bytes_per_thread = 16 << 20;
     uint64_t bytes = 0;
     if (options->n_thread)
         return options->n_thread;
     for (int32_t i = 0; i < n_shard; i++)
         bytes += shards[i].size;
-    int32_t most = dsv4_processors();
+    int32_t most = dsv4_topology_threads(topology);
     return bytes / bytes_per_thread + 1 < (uint64_t)most ? (int32_t)(bytes / bytes_per_thread) + 1 : most;
 }
 
@@ -151,7 +153,9 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
     DSV4_TRY(choose_kernels(m, err));
     DSV4_TRY(dsv4_arena_create(&m->arena, err));
     DSV4_TRY(derive(m, err));
-    DSV4_TRY(dsv4_team_create(&m->team, thread_count(&m->options, shards, n_shard), err));
+    DSV4_TRY(dsv4_topology_read(&m->topology, m->options.root ? m->options.root : "", NULL, 0, err));
+    DSV4_TRY(dsv4_team_create(&m->team, thread_count(&m->topology, &m->options, shards, n_shard), err));
+    dsv4_team_place(m->team, &m->topology);
     DSV4_TRY(copy_tensors(m, tensors, n_tensor, err));
     m->shards = calloc((size_t)n_shard + 1, sizeof *m->shards);
     if (!m->shards)
@@ -166,6 +170,8 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
     if (from_disk) {
         DSV4_TRY(dsv4_experts_create(&m->cache, m, shards, m->options.expert_bytes, err));
         DSV4_TRY(dsv4_resident_finish(m, shards, err));
+    } else if (m->options.use_mmap && m->options.copy_to_nodes && m->topology.n_node > 1) {
+        DSV4_TRY(dsv4_place_weights(m, shards, err));
     }
     DSV4_TRY(dsv4_kv_layout(m, err));
     return dsv4_workspace_create(&m->workspace, m, err);
@@ -183,6 +189,7 @@ dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config
     dsv4_status status = build(m, shards, n_shard, tensors, n_tensor, err);
     m->options.progress = NULL;
     m->options.disable = NULL;
+    m->options.root = NULL;
     if (status != DSV4_OK) {
         dsv4_model_destroy(m);
         return status;
@@ -198,6 +205,9 @@ void dsv4_model_destroy(dsv4_model *m) {
     dsv4_workspace_destroy(m->workspace);
     dsv4_team_destroy(m->team);
     dsv4_experts_destroy(m->cache);
+    dsv4_topology_free(&m->topology);
+    if (m->placed)
+        munmap(m->placed, m->placed_bytes);
     if (m->shards)
         dsv4_shards_close(m->shards, m->n_shard, m->options.use_mmap);
     free(m->shards);

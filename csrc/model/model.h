@@ -67,7 +67,10 @@ struct dsv4_model {
     struct dsv4_options options;
     struct dsv4_kernels k;
     const struct dsv4_variant *chosen[DSV4_OP_COUNT];
+    struct dsv4_topology topology; /* owned */
     dsv4_team *team;          /* owned */
+    void *placed;             /* owned: copies of weights by node, or NULL (place.c) */
+    size_t placed_bytes;
     struct dsv4_shard *shards; /* owned */
     int32_t n_shard;
     struct dsv4_tensor_desc *tensors; /* owned, sorted by name; names owned by the arena */
@@ -93,9 +96,15 @@ struct dsv4_model {
 /* model/rope.c: the frequencies of both tables (SPEC 3.2). */
 void dsv4_rope_frequencies(float *main_table, float *compressed, const struct dsv4_config *c);
 
+/* Bytes of a weight's codes, and of its scales. */
+uint64_t dsv4_weight_bytes(const struct dsv4_weight *w);
+uint64_t dsv4_scale_bytes(const struct dsv4_weight *w);
+
 /* model/weights.c: binds and checks every tensor; model/scan.c: looks for NaN and decides the scale rules. */
 dsv4_status dsv4_bind_weights(dsv4_model *m, dsv4_error *err);
 dsv4_status dsv4_scan_weights(dsv4_model *m, dsv4_error *err);
+/* model/place.c: with several memory nodes, every weight copied so that rows lie on the node that computes them. */
+dsv4_status dsv4_place_weights(dsv4_model *m, const struct dsv4_shard_desc *shards, dsv4_error *err);
 
 /* gen/step.c */
 void dsv4_run_free(dsv4_run *run);

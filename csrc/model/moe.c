@@ -127,17 +127,18 @@ static void up_units(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_laye
 static int up(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
     const struct dsv4_config *c = &p->m->config;
     const struct dsv4_prepared *b = dsv4_prepared(w, p);
-    int64_t units = (c->moe_intermediate_size + UNIT - 1) / UNIT, total = 0, before = 0, u0, u1;
+    int64_t total = 0, before = 0, lo, hi, u0, u1;
+    dsv4_share_node(w, (c->moe_intermediate_size + UNIT - 1) / UNIT, &lo, &hi);
     for (int32_t e = 0; e <= c->n_routed_experts; e++)
-        total += units * unit_cost(p, b, l, e);
+        total += (hi - lo) * unit_cost(p, b, l, e);
     for (int32_t e = 0; e <= c->n_routed_experts; e++) {
         int64_t cost = unit_cost(p, b, l, e);
         if (!cost)
             continue;
-        dsv4_share_cost(w, total, before, cost, units, &u0, &u1);
+        dsv4_share_cost(w, total, before, cost, hi - lo, &u0, &u1);
         if (u0 < u1)
-            up_units(w, p, l, e, u0, u1);
-        before += units * cost;
+            up_units(w, p, l, e, lo + u0, lo + u1);
+        before += (hi - lo) * cost;
     }
     DSV4_SYNC(w, p);
     return 0;

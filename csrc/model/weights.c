@@ -27,6 +27,19 @@ const struct dsv4_tensor_desc *dsv4_find_tensor(const dsv4_model *m, const char 
     return bsearch(&key, m->tensors, (size_t)m->n_tensor, sizeof key, by_name);
 }
 
+uint64_t dsv4_weight_bytes(const struct dsv4_weight *w) {
+    static const uint64_t half_bytes[DSV4_W_FORMATS] = {2, 1, 4, 8};
+    return (uint64_t)w->rows * (uint64_t)w->cols * half_bytes[w->format] / 2;
+}
+
+uint64_t dsv4_scale_bytes(const struct dsv4_weight *w) {
+    if (!w->scale)
+        return 0;
+    uint64_t n = w->format == DSV4_W_FP4 ? (uint64_t)w->rows * ((uint64_t)w->cols / DSV4_FP4_BLOCK)
+                                         : ((uint64_t)w->rows + 127) / 128 * (((uint64_t)w->cols + 127) / 128);
+    return w->scale_type == DSV4_SCALE_E8M0 ? n : w->scale_type == DSV4_SCALE_BF16 ? 2 * n : 4 * n;
+}
+
 struct binder {
     dsv4_model *m;
     dsv4_error *err;

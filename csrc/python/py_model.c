@@ -80,7 +80,7 @@ static const struct field option_fields[] = {
 #define FIELD(name, type) {#name, offsetof(struct dsv4_options, name), type}
     FIELD(numerics, FIELD_I32),     FIELD(april_kv, FIELD_I32),  FIELD(april_shared, FIELD_I32),
     FIELD(n_thread, FIELD_I32),     FIELD(chunk_tok, FIELD_I32), FIELD(use_mmap, FIELD_I32),
-    FIELD(expert_bytes, FIELD_U64),
+    FIELD(expert_bytes, FIELD_U64), FIELD(copy_to_nodes, FIELD_I32),
 #undef FIELD
 };
 

@@ -58,7 +58,7 @@ static void check_shares(void) {
             for (int64_t grain = 1; grain <= 33; grain += 8) {
                 int64_t next = 0;
                 for (int id = 0; id < n; id++) {
-                    dsv4_worker w = {NULL, id, n};
+                    dsv4_worker w = {.id = id, .n = n, .node_n = n};
                     int64_t lo, hi;
                     dsv4_share(&w, items, grain, &lo, &hi);
                     check_true(lo == next && hi >= lo && (hi == items || hi % grain == 0), "share %d of %d", id, n);
