@@ -61,7 +61,7 @@ def _roofline(axes: Any, report: Report) -> None:
     if peak:
         corner = peak / read
         axes.plot([0.3, corner, 4000], [0.3 * read, peak, peak], color="black")
-        axes.text(0.35, 0.35 * read * 1.25, f"{read:.0f} GB/s", rotation=35, fontsize=8)
+        axes.text(0.45, 0.3 * read, f"{read:.0f} GB/s", va="center", fontsize=8)
         axes.text(corner * 2, peak * 1.1, f"{peak:.0f} GFLOP/s", fontsize=8)
     for i, (name, intensity, speed) in enumerate(points):
         axes.plot(intensity, speed, "osD^v"[i // 10 % 5], color=f"C{i % 10}", label=name,
