@@ -9,11 +9,13 @@
  *      load_operand(x, n, masked)                        bf16 -> operand; masked: only n columns
  *      multiply_add(acc, w, x)                           rule 1 for one unit of a step
  *      operand_store(p, w)                               into a panel, OPERAND_BYTES
- *      multiply_tile(acc, panel, x, k, n, masked)        TILE_ROWS panel rows, TILE_TOKENS tokens
- *      struct row_scale, prepare_scale()                 scales of one row for a span of columns
+ *      multiply_tile(acc, panel, x, k, n, masked, T)     TILE_ROWS panel rows, T <= TILE_TOKENS
+ * tokens struct row_scale, prepare_scale()                 scales of one row for a span of columns
  *      decode(form, p, scale, step, n, masked, seen)     weights of one row -> operand
  *      seen_codes, seen_zero(), seen_nan()               whether a row of e4m3 codes held a NaN
  *      sum4(sums, a, b, c, d)                            the tree of rule 1 for four sums
+ *      sums_of_tile(sums, v)                             the same for SUM_TOKENS tokens by four
+ * rows
  */
 #ifndef DSV4_LINEAR_UNITS_H
 #define DSV4_LINEAR_UNITS_H

@@ -10,7 +10,7 @@
 
 enum { UNITS = 2, MAX_ROWS = 4, GROUP_TOKENS = 4, GROUP_ROWS = 1, BLOCK_ROWS = 1 };
 enum { LINE_ROWS_FP8 = 1, LINE_TOKENS_FP8 = 4, LINE_ROWS_FP4 = 2, LINE_TOKENS_FP4 = 2 };
-enum { TILE_ROWS = 4, TILE_TOKENS = 3, OPERAND_BYTES = 64 };
+enum { TILE_ROWS = 2, TILE_TOKENS = 5, OPERAND_BYTES = 64 };
 
 typedef __m256 lanes;
 
@@ -63,21 +63,26 @@ INLINE void operand_store(uint8_t *p, operand w) {
     _mm256_store_ps((float *)(void *)(p + 32), w.even);
 }
 
-/* All odd products first: 12 sums, 3 x and one weight fill the 16 registers. */
+/* All odd products first: 10 sums, 5 x and one weight fill the 16 registers. */
 INLINE void multiply_tile(__m256 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *panel,
-                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked) {
+                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked,
+                          const int T) {
     const float *w = (const float *)(const void *)panel;
     __m256 v[TILE_TOKENS];
-    EACH (t, TILE_TOKENS)
+    EACH (t, T)
         v[t] = odd_elements(load_bf16(x[t] + k, n, masked));
-    EACH (r, TILE_ROWS)
-        EACH (t, TILE_TOKENS)
-            acc[r][t] = _mm256_fmadd_ps(_mm256_load_ps(w + 16 * r), v[t], acc[r][t]);
-    EACH (t, TILE_TOKENS)
+    EACH (r, TILE_ROWS) {
+        __m256 weight = _mm256_load_ps(w + 16 * r);
+        EACH (t, T)
+            acc[r][t] = _mm256_fmadd_ps(weight, v[t], acc[r][t]);
+    }
+    EACH (t, T)
         v[t] = even_elements(load_bf16(x[t] + k, n, masked));
-    EACH (r, TILE_ROWS)
-        EACH (t, TILE_TOKENS)
-            acc[r][t] = _mm256_fmadd_ps(_mm256_load_ps(w + 16 * r + 8), v[t], acc[r][t]);
+    EACH (r, TILE_ROWS) {
+        __m256 weight = _mm256_load_ps(w + 16 * r + 8);
+        EACH (t, T)
+            acc[r][t] = _mm256_fmadd_ps(weight, v[t], acc[r][t]);
+    }
 }
 
 /* Rule 2 for weights as stored: magnitudes below 2^-55 become +0. */
@@ -220,6 +225,27 @@ INLINE void sum4(float sums[4], const lanes *a, const lanes *b, const lanes *c, 
     sums[1] = _mm_cvtss_f32(_mm256_extractf128_ps(ab, 1));
     sums[2] = _mm256_cvtss_f32(cd);
     sums[3] = _mm_cvtss_f32(_mm256_extractf128_ps(cd, 1));
+}
+
+/* The same for 4 rows of 2 tokens, [token][row]. */
+enum { SUM_TOKENS = 2 };
+
+INLINE void sums_of_tile(float *sums, lanes v[SUM_TOKENS][4][UNITS]) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256 s[SUM_TOKENS];
+    EACH (t, SUM_TOKENS) {
+        __m256 w[4];
+        EACH (r, 4)
+            w[r] = _mm256_add_ps(v[t][r][0], v[t][r][1]);
+        __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(w[0], w[1], 0x20),
+                                  _mm256_permute2f128_ps(w[0], w[1], 0x31));
+        __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(w[2], w[3], 0x20),
+                                  _mm256_permute2f128_ps(w[2], w[3], 0x31));
+        s[t] = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    }
+    __m256 all =
+        _mm256_add_ps(_mm256_shuffle_ps(s[0], s[1], 0x88), _mm256_shuffle_ps(s[0], s[1], 0xdd));
+    _mm256_store_ps(sums, _mm256_permutevar8x32_ps(all, order));
 }
 
 #include "cpu/avx2/linear_lines_avx2.h"

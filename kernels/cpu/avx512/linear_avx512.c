@@ -5,7 +5,7 @@
  */
 #include "cpu/avx512/linear_decode_avx512.h"
 
-enum { TILE_ROWS = 6, TILE_TOKENS = 4, OPERAND_BYTES = 128 };
+enum { TILE_ROWS = 4, TILE_TOKENS = 5, OPERAND_BYTES = 128 };
 
 typedef struct {
     __m512 odd, even;
@@ -36,22 +36,24 @@ INLINE void operand_store(uint8_t *p, operand w) {
     _mm512_store_ps(p + 64, w.even);
 }
 
-/* All odd products first: half the registers for x. */
+/* All odd products first: half the registers for x.  With 24 sums the compiler would keep one in
+ * memory. */
 INLINE void multiply_tile(__m512 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *panel,
-                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked) {
+                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked,
+                          const int T) {
     __m512 v[TILE_TOKENS];
-    EACH (t, TILE_TOKENS)
+    EACH (t, T)
         v[t] = odd_elements(load_bf16(x[t] + k, n, masked));
     EACH (r, TILE_ROWS) {
         __m512 w = _mm512_load_ps(panel + r * OPERAND_BYTES);
-        EACH (t, TILE_TOKENS)
+        EACH (t, T)
             acc[r][t] = _mm512_fmadd_ps(w, v[t], acc[r][t]);
     }
-    EACH (t, TILE_TOKENS)
+    EACH (t, T)
         v[t] = even_elements(load_bf16(x[t] + k, n, masked));
     EACH (r, TILE_ROWS) {
         __m512 w = _mm512_load_ps(panel + r * OPERAND_BYTES + 64);
-        EACH (t, TILE_TOKENS)
+        EACH (t, T)
             acc[r][t] = _mm512_fmadd_ps(w, v[t], acc[r][t]);
     }
 }

@@ -123,4 +123,28 @@ INLINE void sum4(float sums[4], const lanes *a, const lanes *b, const lanes *c, 
     _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, s)));
 }
 
+/* The same for 4 rows of 4 tokens, [token][row]. */
+enum { SUM_TOKENS = 4 };
+
+INLINE void sums_of_tile(float *sums, lanes v[SUM_TOKENS][4][UNITS]) {
+    const __m512i transposed =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512 s[SUM_TOKENS], pair[2];
+    EACH (t, SUM_TOKENS) {
+        const lanes *a = v[t][0], *b = v[t][1], *c = v[t][2], *d = v[t][3];
+        __m512 ab =
+            _mm512_add_ps(_mm512_shuffle_f32x4(*a, *b, 0x44), _mm512_shuffle_f32x4(*a, *b, 0xee));
+        __m512 cd =
+            _mm512_add_ps(_mm512_shuffle_f32x4(*c, *d, 0x44), _mm512_shuffle_f32x4(*c, *d, 0xee));
+        s[t] =
+            _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    }
+    EACH (i, 2)
+        pair[i] = _mm512_add_ps(_mm512_shuffle_ps(s[2 * i], s[2 * i + 1], 0x44),
+                                _mm512_shuffle_ps(s[2 * i], s[2 * i + 1], 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88),
+                               _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+    _mm512_store_ps(sums, _mm512_permutexvar_ps(transposed, all));
+}
+
 #endif

@@ -6,7 +6,7 @@
  */
 #include "cpu/avx512/linear_decode_avx512.h"
 
-enum { TILE_ROWS = 6, TILE_TOKENS = 4, OPERAND_BYTES = 64 };
+enum { TILE_ROWS = 4, TILE_TOKENS = 5, OPERAND_BYTES = 64 };
 
 typedef __m512i operand;
 
@@ -23,13 +23,14 @@ INLINE void operand_store(uint8_t *p, operand w) {
 }
 
 INLINE void multiply_tile(__m512 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *panel,
-                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked) {
+                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked,
+                          const int T) {
     operand v[TILE_TOKENS];
-    EACH (t, TILE_TOKENS)
+    EACH (t, T)
         v[t] = load_bf16(x[t] + k, n, masked);
     EACH (r, TILE_ROWS) {
         operand w = _mm512_load_si512(panel + r * OPERAND_BYTES);
-        EACH (t, TILE_TOKENS)
+        EACH (t, T)
             acc[r][t] = multiply_add(acc[r][t], w, v[t]);
     }
 }
