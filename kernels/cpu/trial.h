@@ -16,8 +16,8 @@ void dsv4k_trial_destroy(struct dsv4_trial *trial);
 int dsv4k_trial_equal(struct dsv4_trial *trial, const struct dsv4_variant *candidate,
                       const struct dsv4_variant *ref);
 
-/* Seconds of one call of a linear layer (weights not in any cache) or of attention, the best of a
- * few; 0 for operations without an experiment. */
+/* Seconds of one call of a linear layer (weights not in any cache) or of attention; 0 for
+ * operations without an experiment. */
 double dsv4k_trial_seconds(struct dsv4_trial *trial, const struct dsv4_variant *variant);
 
 #endif
