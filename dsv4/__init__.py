@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4.answer import Completion, Event, TokenLogprob
     from dsv4.completion import parse_completion
     from dsv4.config import Config
     from dsv4.encoding import encode_messages
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
         FormatError,
         NonFiniteLogitsError,
     )
-    from dsv4.generate import Completion, Event, Stream, TokenLogprob
+    from dsv4.generate import Stream
     from dsv4.loading import kernel_info, load
     from dsv4.memory import Plan, plan
     from dsv4.model import Layer, Model, Session
     from dsv4.sampling import Sampling
+    from dsv4.scheduler import Handle, Scheduler
     from dsv4.tensors import Tensor
     from dsv4.tokenizer import Tokenizer
 
@@ -43,10 +45,10 @@ _WHERE = {
     "ForkedProcessError": "errors",
     "FormatError": "errors",
     "NonFiniteLogitsError": "errors",
-    "Completion": "generate",
-    "Event": "generate",
+    "Completion": "answer",
+    "Event": "answer",
     "Stream": "generate",
-    "TokenLogprob": "generate",
+    "TokenLogprob": "answer",
     "Layer": "model",
     "Model": "model",
     "Session": "model",
@@ -55,6 +57,8 @@ _WHERE = {
     "Plan": "memory",
     "plan": "memory",
     "Sampling": "sampling",
+    "Handle": "scheduler",
+    "Scheduler": "scheduler",
     "Tensor": "tensors",
     "Tokenizer": "tokenizer",
 }
@@ -68,11 +72,13 @@ __all__ = [
     "Event",
     "ForkedProcessError",
     "FormatError",
+    "Handle",
     "Layer",
     "Model",
     "NonFiniteLogitsError",
     "Plan",
     "Sampling",
+    "Scheduler",
     "Session",
     "Stream",
     "Tensor",

@@ -26,7 +26,7 @@ from dsv4.errors import (
 )
 
 if TYPE_CHECKING:
-    from dsv4.generate import Completion
+    from dsv4.answer import Completion
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 # what a user can cause; anything else is a bug and keeps its traceback

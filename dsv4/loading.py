@@ -6,8 +6,6 @@ and the tensors are handed to the engine, which uses them where they lie.  Sourc
 """
 
 import os
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from dsv4.errors import BackendUnavailable, FormatError
 from dsv4.files import Folder
 from dsv4.memory import check_bytes, fitting, plan
 from dsv4.model import Model
+from dsv4.progress import bar
 from dsv4.sampling import GENERATION_CONFIG_FILE
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -264,17 +263,8 @@ class _Progress:
         self.bar: Any = None
 
     def __enter__(self) -> Callable[[int, int], None] | None:
-        shown = sys.stderr is not None and sys.stderr.isatty()
-        off = os.environ.get("DSV4_DISABLE_PROGRESS", "") not in ("", "0")
-        if off or not shown or threading.current_thread() is not threading.main_thread():
-            return None
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return None
-        self.bar = tqdm(
-            desc=self.name, unit="B", unit_scale=True, delay=0.5, leave=False)
-        return self._show
+        self.bar = bar(desc=self.name, unit="B", unit_scale=True, delay=0.5, leave=False)
+        return None if self.bar is None else self._show
 
     def _show(self, done: int, total: int) -> None:
         self.bar.total = total

@@ -5,7 +5,7 @@ Arguments are checked here, before any work; the engine is `dsv4._core`, loading
 `dsv4.loading`, generation `dsv4.generate`.  Source: DESIGN 3, 7.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -20,7 +20,8 @@ from dsv4.tensors import Tensors
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
-    from dsv4.generate import Completion, Stream
+    from dsv4.answer import Completion
+    from dsv4.generate import Stream
 
 Logits = Literal["last", "all", "none"]
 Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -253,6 +254,52 @@ class Model:
         from dsv4.generate import stream
 
         return stream(self, prompt, **arguments)
+
+    def batch(self, prompts: Iterable[Any], **arguments: Any) -> Iterator[Any]:
+        """Answer many prompts, a few at a time; see `dsv4.batch.batch`.
+
+        Parameters
+        ----------
+        prompts : iterable
+            Each as for `generate`, or a pair of that and a dict of arguments of its own.
+        **arguments
+            concurrency, ordered, share_prefixes, progress, memory, and those of `generate`.
+
+        Returns
+        -------
+        iterator of Completion
+            In the order of the prompts; with ordered=False (index, Completion) as they are ready.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     rows = ["ROMEO:", ("JULIET:", {"max_new_tokens": 2})]
+        ...     [len(a.tokens) for a in model.batch(rows, max_new_tokens=4, concurrency=2)]
+        [4, 2]
+        """
+        from dsv4.batch import batch
+
+        return batch(self, prompts, **arguments)
+
+    def abatch(
+        self, prompts: Iterable[Any] | AsyncIterable[Any], **arguments: Any
+    ) -> AsyncIterator[Any]:
+        """Like `batch`, for ``async for``; see `dsv4.batch.abatch`.
+
+        Examples
+        --------
+        >>> import asyncio
+        >>> import dsv4
+        >>> async def answers(model):
+        ...     return [len(a.tokens) async for a in model.abatch(["ROMEO:"], max_new_tokens=3)]
+        >>> with dsv4.load() as model:
+        ...     asyncio.run(answers(model))
+        [3]
+        """
+        from dsv4.batch import abatch
+
+        return abatch(self, prompts, **arguments)
 
     def close(self) -> None:
         """Give up the weights.  Sessions of the model can no longer step; twice is no error."""
