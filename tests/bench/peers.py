@@ -97,6 +97,9 @@ def main() -> int:
         except common.Missing as error:
             missing.append({"peer": name, "reason": str(error)})
             print(f"{name}: left out: {error}", file=sys.stderr)
+    if options.threads == 1 < len(os.sched_getaffinity(0)):
+        for row in rows:
+            row.name += "_1t"
     if options.json:
         head = {
             "machine": common.machine(), "commit": common.commit(),

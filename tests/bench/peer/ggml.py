@@ -431,7 +431,9 @@ def measure(n_tok: int, threads: int, rounds: int, only: str | None = None) -> l
     """All classes and their sum: one token is decode, more are prefill (without the head)."""
     g, peer = load()
     native = Native()
-    pool = max(4 * last_level_cache(), 512 << 20)
+    pool = 4 * last_level_cache()
+    if n_tok <= FEW:
+        pool = max(pool, 512 << 20)
     sums: dict[str, Sum] = {}
     peaks = [common.peak(threads)]
     for shape in token_shapes(n_tok > FEW):
