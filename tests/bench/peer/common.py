@@ -178,6 +178,10 @@ class Native:
         """The chosen kernel of an operation."""
         return self.chosen[op][1]
 
+    def name(self, op: str) -> str:
+        """The name of the chosen kernel."""
+        return self.chosen[op][0]
+
 
 class Reading:
     """The stream-read limit on chunks of a pool, `dsv4 bench`'s, as a run to alternate."""

@@ -443,6 +443,9 @@ def measure(n_tok: int, threads: int, rounds: int, only: str | None = None) -> l
         found = one_shape(native, g, shape, n_tok, threads, rounds, pool)
         sums.setdefault(name, Sum()).add(found)
     peaks.append(common.peak(threads))
+    few = "few" if n_tok <= FEW else "many"
+    print("  kernels: " + ", ".join(
+        f"{kind} {native.name(f'linear_{few}_{kind}')}" for kind in CODE), file=sys.stderr)
     what = "decode" if n_tok <= FEW else "prefill"
     rows = [
         rows_of(f"{what}_{name}_vs_ggml", s, n_tok, threads, peer, max(peaks))
