@@ -80,6 +80,7 @@ class Limits:
                 self.peaks.setdefault(kind, {})[address] = name
         self.chosen: dict[int, list[int]] = {}
         self.rounds: dict[int, int] = {}
+        self.seen: dict[int, list[Rates]] = {}  # what `measure` found, by threads
 
     def _walk(self, threads: int, walk: int) -> float:
         address, nbytes = self.pieces[self.turn % len(self.pieces)]
@@ -109,11 +110,20 @@ class Limits:
 
     def measure(self, threads: int, needs: Sequence[str]) -> Rates:
         """The rates named: "read", "exact", "byte"."""
-        return Rates(
+        found = Rates(
             read=self.read(threads) if "read" in needs else 0.0,
             exact=self.peak(EXACT, threads) if "exact" in needs else 0.0,
             byte=self.peak(("byte dot",), threads) if "byte" in needs else 0.0,
         )
+        self.seen.setdefault(threads, []).append(found)
+        return found
+
+    def usual(self, threads: int) -> Rates:
+        """The medians of all that was measured, of each rate at least once."""
+        self.measure(threads, Rates._fields)
+        return Rates(*(
+            median([rate for rate in rates if rate] or [0.0])
+            for rates in zip(*self.seen[threads], strict=True)))
 
     def names(self, threads: int) -> dict[str, str]:
         """Which walks and instructions the limits are, for the report."""

@@ -100,8 +100,7 @@ def machine(
 ) -> dict[str, Any]:
     """What was measured on, with what: the part of the report that is not a row."""
     c, threads = bench.config, bench.threads
-    rates = bench.limits.measure(threads, ("read", "exact", "byte"))
-    alone = bench.limits.measure(1, ("read", "exact", "byte"))
+    rates, alone = bench.limits.usual(threads), bench.limits.usual(1)
     full = published
     return {
         "cpu": _cpu_name(), "sets": [name for name, here in _core.cpu_sets() if here],

@@ -402,6 +402,15 @@ def test_the_door_refuses() -> None:
         _core.time_linear(1, walk, bytes(7), bytearray(64), 1, 1)
 
 
+def test_usual_limits_are_medians() -> None:
+    data = np.ones(1 << 20, np.uint8)
+    one = limits.Limits([(data.ctypes.data, data.nbytes)])
+    one.seen[1] = [limits.Rates(read=1.0), limits.Rates(read=1e30), limits.Rates(read=1e30)]
+    one.read = lambda threads: 2.0  # type: ignore[method-assign]
+    assert one.usual(1).read == pytest.approx(5e29)
+    assert one.usual(3).read == 2.0
+
+
 def test_caches_are_read_from_the_system(tmp_path: Path) -> None:
     assert limits.last_level_cache(tmp_path) == limits.USUAL_CACHE
     for i, text in enumerate(("32K", "266240K", "nonsense")):
