@@ -56,8 +56,8 @@ def load(
         not round the inputs of linear layers to FP8.
     mmap : bool
         Use the weights where the files are mapped (on machines with several memory nodes: copies of
-        them, each row on the node that computes it, if there is memory for all).  False reads all into memory of this process:
-        for file systems on which files may shrink while they are used.
+        them, each row on the node that computes it, if there is memory for all).  False reads all
+        into memory of this process: for file systems on which files may shrink while they are used.
     memory : int, optional
         Most bytes to use for weights, state and work; what is free by default.  If it needs more,
         routed experts come from disk: those used most are kept, the others are read when they are
