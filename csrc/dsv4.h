@@ -118,6 +118,7 @@ dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, int32_t m
  * A session of its own that begins at the newest state of `session` at or before position `at`: what it is now, one
  * that it has kept, or position 0.  Nothing is copied until one of them moves on, and then only what is written.
  */
+enum { DSV4_NOW = -1 };
 dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *session, int32_t at, dsv4_error *err);
 /* Exchanges the timelines of two sessions of one model. */
 void dsv4_session_swap(dsv4_session *a, dsv4_session *b);
@@ -142,6 +143,65 @@ dsv4_status dsv4_session_rows(dsv4_session *session, int32_t layer, int32_t kind
  * kind that depends on the seed alone; its tokens are said to be id 0.  DSV4_E_ARGUMENT where the position lies behind it.
  */
 dsv4_status dsv4_session_fill(dsv4_session *session, int32_t position, uint64_t seed, dsv4_error *err);
+
+/* ------------------------------------------------------------------------------------------------------ saved state */
+
+/*
+ * A state leaves and enters the engine in pieces; how they lie in a file is the caller's business.  They are the tokens,
+ * the fixed state, and the rows of every store: rows lie one after another, in blocks of DSV4_STATE_BLOCK with a CRC-32C
+ * each, the last one as long as there are rows.
+ */
+enum { DSV4_STATE_BLOCK = 64 };
+
+/* What a state of this model has at some position: one entry for each layer and kind (COMPRESSED, INDEX) with rows. */
+struct dsv4_store {
+    int32_t layer, kind, rows, row_bytes;
+};
+/* Fills up to two entries a layer, by layer and kind; returns how many.  0 <= position. */
+int32_t dsv4_model_stores(const dsv4_model *model, int32_t position, struct dsv4_store *out);
+
+uint64_t dsv4_model_state_bytes(const dsv4_model *model); /* the fixed state */
+
+/* Versions of what the fixed state and the rows hold, and of the bits that operations give. */
+void dsv4_state_versions(int32_t *layout, int32_t *numerics);
+
+/* The fixed state where it lies: valid until the session moves on or is destroyed. */
+const uint8_t *dsv4_session_fixed(dsv4_session *session, uint64_t *nbytes);
+
+/*
+ * Blocks [first, first + n) of one store where they lie (valid likewise), their bytes and checksums.  DSV4_E_FORMAT where
+ * one that lies in a file is damaged.
+ */
+dsv4_status dsv4_session_blocks(dsv4_session *session, int32_t layer, int32_t kind, const uint8_t **data,
+                                uint64_t *nbytes, uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err);
+
+struct dsv4_saved_rows {
+    struct dsv4_store store;
+    uint64_t offset;      /* in the file, a multiple of 64 */
+    const uint32_t *crcs; /* [n_crc], one for each block */
+    int32_t n_crc;
+};
+
+struct dsv4_saved_state {
+    struct dsv4_shard_desc file;  /* mapped (or read, without use_mmap): blocks of rows are used where they lie */
+    int32_t use_mmap;
+    int32_t position;
+    const int32_t *ids;           /* [position], copied */
+    const uint8_t *fixed;         /* [fixed_bytes], copied */
+    uint64_t fixed_bytes;
+    const struct dsv4_saved_rows *rows; /* [n_rows], as dsv4_model_stores gives them */
+    int32_t n_rows;
+};
+
+/*
+ * A session in that state.  Every number is checked against the model and the file; whole blocks of rows are compared with
+ * their checksums when they are first read: a step, dsv4_session_rows and dsv4_session_blocks give DSV4_E_FORMAT then.
+ */
+dsv4_status dsv4_session_load(dsv4_session **out, dsv4_model *model, int32_t most_kept,
+                              const struct dsv4_saved_state *state, dsv4_error *err);
+
+/* CRC-32C of the bytes that gave `crc` (0 for none), then these. */
+uint32_t dsv4_checksum(uint32_t crc, const void *data, size_t nbytes);
 
 /* ------------------------------------------------------------------------------------------------------------- step */
 

@@ -96,7 +96,7 @@ class Folder:
             if stat.S_ISLNK(info.st_mode):
                 path, at = self._followed(name), None
                 info = os.stat(path, follow_symlinks=False)
-            _check_regular(name, info)
+            check_regular(name, info)
             fd = os.open(path, OPEN_FLAGS, dir_fd=at)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -107,7 +107,7 @@ class Folder:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):  # exchanged between the two calls
             os.close(fd)
-            _check_regular(name, info)
+            check_regular(name, info)
         return fd, info.st_size
 
     def read(self, name: str, limit: int) -> bytes:
@@ -278,7 +278,8 @@ def _encodable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _check_regular(name: str, info: os.stat_result) -> None:
+def check_regular(name: str, info: os.stat_result) -> None:
+    """FormatError unless it is a regular file."""
     if not stat.S_ISREG(info.st_mode):
         kind = next((words for test, words in KINDS if test(info.st_mode)), "something else")
         raise FormatError(file=name, rule="file type", got=kind, wanted="a regular file")

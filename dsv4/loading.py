@@ -218,13 +218,13 @@ def engine(
 ) -> _core.Model:
     """Hand a checkpoint to the engine, which maps it, binds every tensor and reads every scale."""
     return _core.Model(
-        _engine_config(checkpoint.config),
+        engine_config(checkpoint.config),
         [(shard.name, shard.fd, shard.size) for shard in checkpoint.shards],
-        [_engine_tensor(info) for info in checkpoint.tensors.values()], options, progress,
+        [engine_tensor(info) for info in checkpoint.tensors.values()], options, progress,
     )
 
 
-def _engine_config(config: Config) -> dict[str, Any]:
+def engine_config(config: Config) -> dict[str, Any]:
     """The fields of struct dsv4_config."""
     scaling = config.rope_scaling
     same = (
@@ -242,7 +242,7 @@ def _engine_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _engine_tensor(info: TensorInfo) -> tuple[str, int, tuple[int, ...], int, int, int]:
+def engine_tensor(info: TensorInfo) -> tuple[str, int, tuple[int, ...], int, int, int]:
     """One row of the table for the engine: bytes are E8M0 scales or pairs of FP4 codes."""
     dtype, shape = info.dtype, info.shape
     if dtype in ("I8", "U8"):

@@ -5,7 +5,9 @@ Arguments are checked here, before any work; the engine is `dsv4._core`, loading
 `dsv4.loading`, generation `dsv4.generate`.  Source: DESIGN 3, 7.
 """
 
+import os
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -28,6 +30,7 @@ Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
+NOW = -1  # DSV4_NOW: the state a session is in when it is forked
 WANT = {"none": 0, "last": 1, "all": 2}
 # earlier states a session keeps: by default enough for the last two turns of a conversation
 CHECKPOINTS, MOST_CHECKPOINTS = 4, 1024
@@ -75,6 +78,7 @@ class Model:
         self.plan = needs
         self.generation_config = dict(defaults)
         self.version: Literal["v4", "0731"] = "0731" if checkpoint.draft == "dspark" else "v4"
+        self._april = {name: bool(options[name]) for name in ("april_kv", "april_shared")}
         self._mapped = bool(options["use_mmap"])
         self._shards = len(checkpoint.shards)
         self.threads = self._core.threads
@@ -109,11 +113,67 @@ class Model:
         ...     session.position, logits.shape == (1, model.config.vocab_size)
         (2, True)
         """
-        if isinstance(checkpoints, bool) or not isinstance(checkpoints, int | np.integer):
-            raise TypeError(f"checkpoints: got {type(checkpoints).__name__}, wanted an int")
-        if not 0 <= checkpoints <= MOST_CHECKPOINTS:
-            raise ValueError(f"checkpoints: got {checkpoints}, wanted 0 to {MOST_CHECKPOINTS}")
-        return Session(self, _core.Session(self._core, int(checkpoints)))
+        return Session(self, _core.Session(self._core, _check_checkpoints(checkpoints)))
+
+    def load_session(
+        self, path: str | os.PathLike[str], *, checkpoints: int = CHECKPOINTS,
+        verify: bool = False, mmap: bool = True,
+    ) -> "Session":
+        """Continue a session that `Session.save` has written.
+
+        It goes on with the same bits as the session that was saved, in any process and on any CPU;
+        no token is computed again.  The rows stay where the file is mapped, so a context of a
+        million tokens is there in a fraction of a second.
+
+        Parameters
+        ----------
+        path : path
+            Later saves to the same path do not disturb this session: they write another file.
+        checkpoints : int
+            As for `session`.  Kept states are not in the file: `Session.rewind` to before the
+            position it was saved at computes again from the beginning.
+        verify : bool
+            Compare all bytes with their checksums now.  Else blocks of rows are compared when a
+            step first reads them; one that differs fails that step, which leaves its sessions as
+            they were.
+        mmap : bool
+            False reads the file into memory (and compares all): for file systems on which files
+            may shrink while they are used.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, is not a saved session, or belongs to another model, other numerics
+            or another version: names what differs.
+        OSError
+            It cannot be read.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import dsv4
+        >>> with dsv4.load() as model, tempfile.TemporaryDirectory() as folder:
+        ...     session = model.session()
+        ...     _ = session.append("To be, or not to be")
+        ...     session.save(f"{folder}/hamlet.dsv4")
+        ...     other = model.load_session(f"{folder}/hamlet.dsv4")
+        ...     (session.append([7]) == other.append([7])).all()
+        np.True_
+        """
+        from dsv4 import state_file
+
+        kept = _check_checkpoints(checkpoints)
+        for name, value in (("verify", verify), ("mmap", mmap)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, wanted True or False")
+        return Session(self, state_file.load(self, path, kept, verify, mmap))
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a saved state must agree with."""
+        from dsv4 import state_file
+
+        return state_file.fingerprint(self)
 
     def step(
         self, segments: Iterable[tuple["Session", Prompt]], logits: Logits = "last"
@@ -452,7 +512,7 @@ class Session:
         ...     (session.append([7]) == other.append([7])).all()
         np.True_
         """
-        return Session(self.model, self._core.fork(self.position))
+        return Session(self.model, self._core.fork(NOW))
 
     def rewind(self, position: int) -> None:
         """Go back to an earlier position; what follows is as if the later tokens had never been.
@@ -492,8 +552,41 @@ class Session:
             self.model._core.step([(past, again, WANT["none"], None)], None)
         self._core.swap(past)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session to a file, for `Model.load_session`.
+
+        Parameters
+        ----------
+        path : path
+            A new file, or one to replace; a symbolic link is followed.
+
+        Raises
+        ------
+        OSError
+            It could not be written; says how many bytes are needed and free.
+        FormatError
+            There is something else than a file, or this session was loaded from a file that turns
+            out to be damaged.
+
+        Notes
+        -----
+        The file appears whole and synced or not at all: whatever happens meanwhile, the path holds
+        the old file or the new one.  It has about as many bytes as `nbytes` and says which model
+        it belongs to (a digest of its config, tensors and vocabulary, and samples of its weights).
+        The session may go on while it is written.  The states kept for `rewind` are not saved.
+
+        Examples
+        --------
+        See `Model.load_session`.
+        """
+        from dsv4 import state_file
+
+        with Session(self.model, self._core.fork(NOW)) as frozen:
+            state_file.save(frozen._core, self.model, path)
+
     def __reduce__(self) -> str:
-        raise TypeError("a Session cannot be pickled: it lives in its model; send its tokens")
+        raise TypeError("a Session cannot be pickled: it lives in its model; save() writes it to a "
+                        "file that Model.load_session reads")
 
     def _fill(self, position: int, seed: int = 0) -> None:
         """Move on to `position` without computing anything; for measuring long contexts.
@@ -626,6 +719,14 @@ def check_room(position: int, n: int, context: int, name: str) -> None:
         raise ValueError(
             f"{name}: got {n} tokens at position {position}, wanted at most {context - position}: "
             f"the context of this model is {context}")
+
+
+def _check_checkpoints(checkpoints: object) -> int:
+    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int | np.integer):
+        raise TypeError(f"checkpoints: got {type(checkpoints).__name__}, wanted an int")
+    if not 0 <= checkpoints <= MOST_CHECKPOINTS:
+        raise ValueError(f"checkpoints: got {checkpoints}, wanted 0 to {MOST_CHECKPOINTS}")
+    return int(checkpoints)
 
 
 def _want(logits: object) -> int:

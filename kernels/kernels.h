@@ -30,6 +30,9 @@
 
 #include "types.h"
 
+/* Raised with every change of the bits that some operation gives: saved states of another version are refused. */
+enum { DSV4_NUMERICS_VERSION = 1 };
+
 /* ------------------------------------------------------------------------------------------ linear layers, SPEC 6 */
 
 enum dsv4_weight_format { DSV4_W_FP8 = 0, DSV4_W_FP4 = 1, DSV4_W_BF16 = 2, DSV4_W_F32 = 3, DSV4_W_FORMATS = 4 };

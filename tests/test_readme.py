@@ -15,12 +15,15 @@ README = (ROOT / "README.md").read_text()
 CONFIGS = ROOT / "tests" / "vectors" / "configs"
 
 
-def test_the_example_works_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_works_as_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code = re.search(r"<!-- example -->\n```python\n(.*?)```", README, re.S)
     assert code
     exec(compile(code.group(1), "README.md", "exec"), {})
     lines = capsys.readouterr().out
-    assert "dsv4.Model" in lines and "<think>" in lines
+    assert "dsv4.Model" in lines and "<think>" in lines and "False" not in lines
 
 
 @pytest.mark.parametrize(("name", "file"), [("V4-Flash", "flash"), ("V4-Pro", "pro")])

@@ -120,20 +120,36 @@ dsv4_status dsv4_kv_own(struct dsv4_kv **kv, dsv4_error *err) {
     return DSV4_OK;
 }
 
+dsv4_status dsv4_rows_fault(enum dsv4_rows_status status, const struct dsv4_row_store *s, int32_t layer, int32_t row,
+                            dsv4_error *err) {
+    const char *file = status == DSV4_ROWS_DAMAGED ? dsv4_rows_file(s, row) : NULL;
+    if (status == DSV4_ROWS_OK)
+        return DSV4_OK;
+    if (status == DSV4_ROWS_NO_MEMORY)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for the rows of layer %d", layer);
+    return dsv4_fail(err, DSV4_E_FORMAT, "%s: layer %d: the block of rows that begins at row %d differs from its checksum: "
+                     "the file is damaged", file ? file : "a session's file", layer, row);
+}
+
+static dsv4_status reserve_rows(struct dsv4_row_store *s, int32_t layer, int32_t first, int32_t end, dsv4_error *err) {
+    return dsv4_rows_fault(dsv4_rows_reserve(s, first, end), s, layer,
+                           first / DSV4_ROWS_PER_BLOCK * DSV4_ROWS_PER_BLOCK, err);
+}
+
 dsv4_status dsv4_kv_reserve(struct dsv4_kv *kv, int32_t n, dsv4_error *err) {
     int32_t from = kv->position, to = from + n;
-    int failed = dsv4_rows_reserve(&kv->tokens, from / DSV4_TOKENS_PER_ROW, token_rows(to));
-    for (int32_t i = kv->first_layer; i < kv->end_layer && !failed; i++) {
+    if (dsv4_rows_reserve(&kv->tokens, from / DSV4_TOKENS_PER_ROW, token_rows(to)))
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %d tokens", to);
+    for (int32_t i = kv->first_layer; i < kv->end_layer; i++) {
         const struct dsv4_layer *l = &kv->model->layers[i];
         struct dsv4_kv_layer *s = &kv->layers[i];
         if (l->kind == DSV4_SWA)
             continue;
         int32_t first = from / l->compressor.ratio, end = to / l->compressor.ratio;
-        failed = dsv4_rows_reserve(&s->compressed, first, end) ||
-                 (l->kind == DSV4_CSA && dsv4_rows_reserve(&s->index, first, end));
+        DSV4_TRY(reserve_rows(&s->compressed, i, first, end, err));
+        if (l->kind == DSV4_CSA)
+            DSV4_TRY(reserve_rows(&s->index, i, first, end, err));
     }
-    if (failed)
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for the rows of %d positions", to);
     return DSV4_OK;
 }
 

@@ -23,6 +23,9 @@ struct dsv4_kv_layer {
     struct dsv4_row_store compressed, index;
 };
 
+/* Raised with every change of what the fixed state or a row holds, or where: states of another version are refused. */
+enum { DSV4_KV_LAYOUT_VERSION = 1 };
+
 enum { DSV4_TOKENS_PER_ROW = 64 };
 
 struct dsv4_kv {
@@ -62,6 +65,10 @@ void dsv4_kv_commit(struct dsv4_kv *kv, const int32_t *ids, int32_t n);
 
 /* Copies tokens [first, first + n). */
 void dsv4_kv_tokens(const struct dsv4_kv *kv, int32_t *out, int32_t first, int32_t n);
+
+/* The error of a store of this layer: no memory, or the block that begins at `row` is damaged (names the file). */
+dsv4_status dsv4_rows_fault(enum dsv4_rows_status status, const struct dsv4_row_store *s, int32_t layer, int32_t row,
+                            dsv4_error *err);
 
 uint64_t dsv4_kv_grown_bytes(const struct dsv4_kv *kv);
 

@@ -4,27 +4,49 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/crc32c.h"
+
 struct dsv4_block {
     atomic_int references;
+    uint32_t crc;              /* of the rows in the file */
+    struct dsv4_mapping *file; /* one reference: the rows lie there, none here; or NULL */
     _Alignas(64) uint8_t rows[];
 };
 
-static struct dsv4_block *block_create(const struct dsv4_row_store *s, const struct dsv4_block *from) {
-    size_t bytes = DSV4_ROWS_PER_BLOCK * s->row_bytes;
+static size_t block_bytes(const struct dsv4_row_store *s) {
+    return DSV4_ROWS_PER_BLOCK * s->row_bytes;
+}
+
+/* Zeroed but for the first n bytes. */
+static struct dsv4_block *block_create(const struct dsv4_row_store *s, const uint8_t *from, size_t n) {
+    size_t bytes = block_bytes(s);
     struct dsv4_block *b = aligned_alloc(64, (sizeof *b + bytes + 63) / 64 * 64);
     if (!b)
         return NULL;
     atomic_init(&b->references, 1);
-    if (from)
-        memcpy(b->rows, from->rows, bytes);
-    else
-        memset(b->rows, 0, bytes);
+    b->file = NULL;
+    if (n)
+        memcpy(b->rows, from, n);
+    memset(b->rows + n, 0, bytes - n);
+    return b;
+}
+
+static struct dsv4_block *block_in_file(struct dsv4_mapping *file, uint32_t crc) {
+    struct dsv4_block *b = aligned_alloc(64, sizeof *b);
+    if (!b)
+        return NULL;
+    atomic_init(&b->references, 1);
+    b->crc = crc;
+    b->file = file;
+    dsv4_mapping_retain(file);
     return b;
 }
 
 static void block_release(struct dsv4_block *b) {
-    if (b && atomic_fetch_sub(&b->references, 1) == 1)
-        free(b);
+    if (!b || atomic_fetch_sub(&b->references, 1) > 1)
+        return;
+    dsv4_mapping_release(b->file);
+    free(b);
 }
 
 static void page_release(struct dsv4_page *p) {
@@ -40,6 +62,7 @@ static struct dsv4_page *page_create(const struct dsv4_page *from) {
     if (!p)
         return NULL;
     atomic_init(&p->references, 1);
+    atomic_init(&p->unchecked, from ? atomic_load(&from->unchecked) : 0);
     for (int i = 0; from && i < DSV4_BLOCKS_PER_PAGE; i++) {
         p->rows[i] = from->rows[i];
         p->blocks[i] = from->blocks[i];
@@ -79,30 +102,80 @@ static struct dsv4_page *own_page(struct dsv4_row_store *s, int32_t i) {
     return s->pages[i] = copy;
 }
 
-static int own_block(struct dsv4_row_store *s, int32_t i) {
+static enum dsv4_rows_status own_block(struct dsv4_row_store *s, int32_t i) {
+    int32_t at = i % DSV4_BLOCKS_PER_PAGE;
     struct dsv4_page *page = own_page(s, i / DSV4_BLOCKS_PER_PAGE);
     if (!page)
-        return 1;
-    struct dsv4_block *old = page->blocks[i % DSV4_BLOCKS_PER_PAGE];
-    if (!old || atomic_load(&old->references) > 1) {
-        struct dsv4_block *fresh = block_create(s, i < s->n_block ? old : NULL);
+        return DSV4_ROWS_NO_MEMORY;
+    struct dsv4_block *old = page->blocks[at];
+    if (!old || old->file || atomic_load(&old->references) > 1) {
+        int kept = i < s->n_block;
+        if (kept && dsv4_rows_damaged(s, i * DSV4_ROWS_PER_BLOCK, i * DSV4_ROWS_PER_BLOCK + 1) >= 0)
+            return DSV4_ROWS_DAMAGED;
+        struct dsv4_block *fresh = block_create(s, page->rows[at], kept ? block_bytes(s) : 0);
         if (!fresh)
-            return 1;
+            return DSV4_ROWS_NO_MEMORY;
         block_release(old);
-        page->blocks[i % DSV4_BLOCKS_PER_PAGE] = fresh;
-        page->rows[i % DSV4_BLOCKS_PER_PAGE] = fresh->rows;
+        page->blocks[at] = fresh;
+        page->rows[at] = fresh->rows;
+        atomic_fetch_and(&page->unchecked, ~((uint64_t)1 << at));
     }
     s->n_block = i < s->n_block ? s->n_block : i + 1;
-    return 0;
+    return DSV4_ROWS_OK;
 }
 
-int dsv4_rows_reserve(struct dsv4_row_store *s, int32_t first, int32_t end) {
+enum dsv4_rows_status dsv4_rows_reserve(struct dsv4_row_store *s, int32_t first, int32_t end) {
+    enum dsv4_rows_status status = DSV4_ROWS_OK;
     if (first == end)
-        return 0;
-    for (int32_t i = first / DSV4_ROWS_PER_BLOCK; i < (end + DSV4_ROWS_PER_BLOCK - 1) / DSV4_ROWS_PER_BLOCK; i++)
-        if (own_block(s, i))
-            return 1;
-    return 0;
+        return status;
+    int32_t last = (end + DSV4_ROWS_PER_BLOCK - 1) / DSV4_ROWS_PER_BLOCK;
+    for (int32_t i = first / DSV4_ROWS_PER_BLOCK; i < last && status == DSV4_ROWS_OK; i++)
+        status = own_block(s, i);
+    return status;
+}
+
+enum dsv4_rows_status dsv4_rows_map(struct dsv4_row_store *s, struct dsv4_mapping *file, uint64_t offset,
+                                    const uint32_t *crcs, int32_t n) {
+    uint8_t *data = (uint8_t *)(uintptr_t)file->file.data + offset; /* written to only where it is copied first */
+    for (int32_t i = 0; i * DSV4_ROWS_PER_BLOCK < n; i++) {
+        int32_t left = n - i * DSV4_ROWS_PER_BLOCK, at = i % DSV4_BLOCKS_PER_PAGE;
+        uint8_t *rows = data + (size_t)i * block_bytes(s);
+        size_t part = (size_t)left * s->row_bytes;
+        int whole = left >= DSV4_ROWS_PER_BLOCK;
+        if (!whole && dsv4_crc32c(0, rows, part) != crcs[i])
+            return DSV4_ROWS_DAMAGED;
+        struct dsv4_page *page = own_page(s, i / DSV4_BLOCKS_PER_PAGE);
+        struct dsv4_block *b = !page ? NULL : whole ? block_in_file(file, crcs[i]) : block_create(s, rows, part);
+        if (!b)
+            return DSV4_ROWS_NO_MEMORY;
+        page->blocks[at] = b;
+        page->rows[at] = whole ? rows : b->rows;
+        if (whole)
+            atomic_fetch_or(&page->unchecked, (uint64_t)1 << at);
+        s->n_block = i + 1;
+    }
+    s->mapped = 1;
+    return DSV4_ROWS_OK;
+}
+
+int32_t dsv4_rows_check(const struct dsv4_row_store *s, int32_t first, int32_t end) {
+    for (int32_t i = first / DSV4_ROWS_PER_BLOCK; i * DSV4_ROWS_PER_BLOCK < end; i++) {
+        int32_t at = i % DSV4_BLOCKS_PER_PAGE;
+        struct dsv4_page *page = s->pages[i / DSV4_BLOCKS_PER_PAGE];
+        uint64_t bit = (uint64_t)1 << at;
+        if (!(atomic_load_explicit(&page->unchecked, memory_order_relaxed) & bit))
+            continue;
+        if (dsv4_crc32c(0, page->rows[at], block_bytes(s)) != page->blocks[at]->crc)
+            return i * DSV4_ROWS_PER_BLOCK;
+        atomic_fetch_and(&page->unchecked, ~bit);
+    }
+    return -1;
+}
+
+const char *dsv4_rows_file(const struct dsv4_row_store *s, int32_t i) {
+    int32_t block = i / DSV4_ROWS_PER_BLOCK;
+    const struct dsv4_block *b = s->pages[block / DSV4_BLOCKS_PER_PAGE]->blocks[block % DSV4_BLOCKS_PER_PAGE];
+    return b->file ? b->file->path : NULL;
 }
 
 int dsv4_rows_share(struct dsv4_row_store *to, const struct dsv4_row_store *from, int32_t n) {
@@ -116,6 +189,7 @@ int dsv4_rows_share(struct dsv4_row_store *to, const struct dsv4_row_store *from
     }
     to->n_page = pages;
     to->n_block = blocks;
+    to->mapped = from->mapped;
     return 0;
 }
 

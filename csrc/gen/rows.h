@@ -3,6 +3,9 @@
  * A growing array of rows of one size, copied on write: a copy shares all blocks, and whoever writes gets blocks of its
  * own.  Blocks hang in pages, so that a copy costs one reference for 4,096 rows.
  *
+ * Blocks may lie in a mapped file: they are copied on write too, and compared with their checksum when they are first
+ * read, so whoever reads rows asks dsv4_rows_damaged first.
+ *
  * Thread-safety: one store is used by one thread at a time; stores that share blocks may be used by several.
  */
 #ifndef DSV4_ROWS_H
@@ -12,6 +15,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "io/mapping.h"
+
 enum { DSV4_ROWS_PER_BLOCK = 64, DSV4_BLOCKS_PER_PAGE = 64 };
 
 struct dsv4_block;
@@ -19,6 +24,7 @@ struct dsv4_block;
 struct dsv4_page {
     uint8_t *rows[DSV4_BLOCKS_PER_PAGE]; /* borrowed from the blocks */
     struct dsv4_block *blocks[DSV4_BLOCKS_PER_PAGE]; /* one reference each, or NULL */
+    _Atomic uint64_t unchecked; /* bit i: block i has not been compared with its checksum yet */
     atomic_int references;
 };
 
@@ -27,18 +33,39 @@ struct dsv4_row_store {
     int32_t n_page, capacity;
     int32_t n_block; /* blocks that hold rows; what pages have beyond is left over */
     size_t row_bytes;
+    int mapped; /* blocks may lie in a file */
 };
+
+enum dsv4_rows_status { DSV4_ROWS_OK = 0, DSV4_ROWS_NO_MEMORY = 1, DSV4_ROWS_DAMAGED = 2 };
 
 /*
  * Makes rows [first, end) exist, zeroed where new, and writable: blocks others share are copied.  No row between the
- * last one and `first` may be missing.  1 without memory: every row is as it was.
+ * last one and `first` may be missing.  On failure every row is as it was; a block that must be copied may be damaged.
  */
-int dsv4_rows_reserve(struct dsv4_row_store *s, int32_t first, int32_t end);
+enum dsv4_rows_status dsv4_rows_reserve(struct dsv4_row_store *s, int32_t first, int32_t end);
 
 /* The first n rows of `from` into the empty store `to`, shared.  1 without memory. */
 int dsv4_rows_share(struct dsv4_row_store *to, const struct dsv4_row_store *from, int32_t n);
 
+/*
+ * Fills the empty store with n rows of a file, which lie there from `offset` (a multiple of 64, the rows inside the file)
+ * on; crcs holds the CRC-32C of every block as it lies there, the last of which may be shorter.  Whole blocks stay in the
+ * file; the shorter one is checked and copied.
+ */
+enum dsv4_rows_status dsv4_rows_map(struct dsv4_row_store *s, struct dsv4_mapping *file, uint64_t offset,
+                                    const uint32_t *crcs, int32_t n);
+
+/* Compares the blocks of rows [first, end) with their checksums, once; the first damaged row, or -1. */
+int32_t dsv4_rows_check(const struct dsv4_row_store *s, int32_t first, int32_t end);
+/* The file that row i lies in, or NULL. */
+const char *dsv4_rows_file(const struct dsv4_row_store *s, int32_t i);
+
 void dsv4_rows_release(struct dsv4_row_store *s);
+
+/* To be asked before rows [first, end) are read, by any number of threads; almost always two comparisons. */
+static inline int32_t dsv4_rows_damaged(const struct dsv4_row_store *s, int32_t first, int32_t end) {
+    return s->mapped ? dsv4_rows_check(s, first, end) : -1;
+}
 
 static inline uint64_t dsv4_rows_bytes(const struct dsv4_row_store *s) {
     return (uint64_t)s->n_block * DSV4_ROWS_PER_BLOCK * s->row_bytes;

@@ -3,8 +3,10 @@
 
 #include <stdlib.h>
 
-static dsv4_status create(dsv4_session **out, dsv4_model *model, struct dsv4_kv *kv, int32_t most_kept,
-                          dsv4_error *err) {
+dsv4_status dsv4_session_of(dsv4_session **out, dsv4_model *model, struct dsv4_kv *kv, int32_t most_kept,
+                            dsv4_error *err) {
+    if (most_kept < 0 || most_kept > DSV4_MOST_KEPT)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "kept states: got %d, wanted 0 to %d", most_kept, DSV4_MOST_KEPT);
     dsv4_session *s = calloc(1, sizeof *s);
     struct dsv4_kv **kept = calloc((size_t)most_kept + 1, sizeof(*kept));
     if (!s || !kept) {
@@ -24,10 +26,8 @@ static dsv4_status create(dsv4_session **out, dsv4_model *model, struct dsv4_kv 
 
 dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, int32_t most_kept, dsv4_error *err) {
     struct dsv4_kv *kv;
-    if (most_kept < 0 || most_kept > DSV4_MOST_KEPT)
-        return dsv4_fail(err, DSV4_E_ARGUMENT, "kept states: got %d, wanted 0 to %d", most_kept, DSV4_MOST_KEPT);
     DSV4_TRY(dsv4_kv_create(&kv, model, 0, model->config.num_hidden_layers, err));
-    dsv4_status status = create(out, model, kv, most_kept, err);
+    dsv4_status status = dsv4_session_of(out, model, kv, most_kept, err);
     dsv4_kv_release(kv);
     return status;
 }
@@ -73,13 +73,15 @@ static struct dsv4_kv *newest(const dsv4_session *s, int32_t position) {
 }
 
 static dsv4_status fork_locked(dsv4_session **out, dsv4_session *s, int32_t at, dsv4_error *err) {
+    if (at == DSV4_NOW)
+        at = s->kv->position;
     if (at < 0 || at > s->kv->position)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "position: got %d, wanted 0 to %d, where the session is", at,
                          s->kv->position);
     struct dsv4_kv *kv = newest(s, at);
     if (!kv)
         return dsv4_session_create(out, s->model, s->most_kept, err);
-    DSV4_TRY(create(out, s->model, kv, s->most_kept, err));
+    DSV4_TRY(dsv4_session_of(out, s->model, kv, s->most_kept, err));
     for (int32_t i = 0; i < s->n_kept && s->kept[i]->position <= at; i++)
         (*out)->kept[(*out)->n_kept++] = dsv4_kv_retain(s->kept[i]);
     return DSV4_OK;
@@ -156,6 +158,10 @@ static dsv4_status rows_locked(dsv4_session *s, int32_t layer, int32_t kind, uin
     if (first < low || n < 0 || n > high - first)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "rows of layer %d: got [%d, %lld), wanted a range within [%d, %d)", layer,
                          first, (long long)first + n, low, high);
+    const struct dsv4_row_store *store = kind == DSV4_ROWS_INDEX ? &kv->index : &kv->compressed;
+    int32_t damaged = kind == DSV4_ROWS_WINDOW || !n ? -1 : dsv4_rows_damaged(store, first, first + n);
+    if (damaged >= 0)
+        return dsv4_rows_fault(DSV4_ROWS_DAMAGED, store, layer, damaged, err);
     for (int32_t i = first; i < first + n; i++) {
         if (kind == DSV4_ROWS_INDEX) {
             m->k.index_load(out + (ptrdiff_t)(i - first) * c->index_head_dim, dsv4_row(&kv->index, i), c->index_head_dim);

@@ -19,4 +19,8 @@ struct dsv4_session {
 /* Keeps the present state for rewinding, forgetting the oldest kept one if need be. */
 void dsv4_session_keep_locked(dsv4_session *s);
 
+/* A session in this state, of which it takes a reference. */
+dsv4_status dsv4_session_of(dsv4_session **out, dsv4_model *model, struct dsv4_kv *kv, int32_t most_kept,
+                            dsv4_error *err);
+
 #endif

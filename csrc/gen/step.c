@@ -29,6 +29,7 @@ struct dsv4_run {
     const struct dsv4_probe *probe;
     struct dsv4_clock clock;
     atomic_int bad_layer;
+    struct dsv4_damage damage;
     atomic_llong progress;
     int diagnose, cancelled;
     /* one pass at a time, planned by worker 0 */
@@ -129,7 +130,7 @@ static void step_job(dsv4_worker *w, void *ctx) {
             return;
         if (w->id == 0)
             atomic_fetch_add(&r->progress, r->pass.n_tok);
-        if (!r->diagnose && atomic_load(&r->bad_layer) != INT_MAX)
+        if (!r->diagnose && (atomic_load(&r->bad_layer) != INT_MAX || atomic_load(&r->damage.found)))
             return;
     }
 }
@@ -250,11 +251,12 @@ static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_p
     atomic_fetch_add(&m->references, 1); /* the sessions may go before the run has been put away */
     *r = (dsv4_run){.model = m, .kept = r->kept, .segments = segments, .n_segment = n_segment, .probe = probe};
     atomic_init(&r->bad_layer, INT_MAX);
+    atomic_init(&r->damage.found, 0);
     r->pass = (struct dsv4_pass){
         .m = m, .ws = m->workspace, .pieces = r->kept.pieces, .ids = r->kept.ids, .positions = r->kept.positions,
         .piece_of = r->kept.piece_of, .end_layer = m->config.num_hidden_layers, .probe = probe,
         .clock = probe && probe->seconds ? &r->clock : NULL, .wanted = r->kept.wanted, .unread = -1,
-        .bad_layer = &r->bad_layer,
+        .bad_layer = &r->bad_layer, .damage = &r->damage,
     };
     *out = r;
     return DSV4_OK;
@@ -421,6 +423,8 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
     } else if (r->pass.unread >= 0) {
         status = dsv4_fail(err, DSV4_E_IO, "layers.%d.ffn.experts.%d: its file could not be read; every session is as it "
                            "was", r->pass.unread_layer, r->pass.unread);
+    } else if (atomic_load(&r->damage.found)) {
+        status = dsv4_rows_fault(DSV4_ROWS_DAMAGED, r->damage.store, r->damage.layer, r->damage.row, err);
     } else if (atomic_load(&r->bad_layer) != INT_MAX) {
         int layer = find_bad_layer(r);
         char where[32] = "the head";

@@ -108,10 +108,13 @@ static int32_t list_keys(const struct dsv4_pass *p, const uint8_t *new_rows, con
         keys[n++] = NULL;
     if (l->kind == DSV4_CSA) {
         const int32_t *ids = p->ws->selected + t * p->m->config.index_topk;
-        for (int32_t i = 0; i < p->ws->n_selected[t]; i++)
+        for (int32_t i = 0; i < p->ws->n_selected[t]; i++) {
+            dsv4_check_rows(p, &s->compressed, layer, ids[i], ids[i] + 1);
             keys[n++] = dsv4_row(&s->compressed, ids[i]);
+        }
     } else if (l->kind == DSV4_HCA) {
         int32_t visible = (position + 1) / l->compressor.ratio;
+        dsv4_check_rows(p, &s->compressed, layer, 0, visible);
         for (int32_t i = 0; i < visible; i++)
             keys[n++] = dsv4_row(&s->compressed, i);
     }

@@ -37,6 +37,17 @@ static int enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
     return 0;
 }
 
+void dsv4_check_rows(const struct dsv4_pass *p, const struct dsv4_row_store *s, int32_t layer, int32_t first,
+                     int32_t end) {
+    int32_t row = dsv4_rows_damaged(s, first, end);
+    int none = 0;
+    if (row < 0 || !atomic_compare_exchange_strong(&p->damage->found, &none, 1))
+        return;
+    p->damage->store = s;
+    p->damage->layer = layer;
+    p->damage->row = row;
+}
+
 static double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

@@ -24,6 +24,7 @@ static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int6
     const struct dsv4_row_store *keys = &p->pieces[p->piece_of[t]].kv->layers[layer].index;
     const int32_t per_page = DSV4_ROWS_PER_BLOCK * DSV4_BLOCKS_PER_PAGE;
     dsv4_lap(w, p, DSV4_PHASE_OTHER);
+    dsv4_check_rows(p, keys, layer, first, end);
     for (int32_t s = first, n; s < end && !dsv4_cancelled(w); s += n) {
         const uint8_t *const *blocks = (const uint8_t *const *)keys->pages[s / per_page]->rows;
         n = per_page - s % per_page < end - s ? per_page - s % per_page : end - s;

@@ -90,6 +90,13 @@ struct dsv4_clock {
     double last, seconds[DSV4_PHASES];
 };
 
+/* The first damaged rows that some worker found: the step fails. */
+struct dsv4_damage {
+    atomic_int found;
+    const struct dsv4_row_store *store;
+    int32_t layer, row;
+};
+
 struct dsv4_pass {
     dsv4_model *m;
     struct dsv4_workspace *ws;
@@ -105,6 +112,7 @@ struct dsv4_pass {
     int32_t n_wanted;
     int32_t unread, unread_layer;    /* an expert that could not be read from disk, or -1; worker 0 */
     atomic_int *bad_layer;           /* lowest layer with a non-finite stream; the layer count for the head; INT_MAX */
+    struct dsv4_damage *damage;
     int diagnose;                    /* look at the streams after every layer */
 };
 
@@ -174,6 +182,8 @@ int dsv4_attention(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
 /* compress.c: closes the windows that end in this pass; keeps the raw rows of the last tokens. */
 void dsv4_close_windows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
 void dsv4_keep_state(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+/* forward.c: asks for rows [first, end) of a layer's store before they are read; what is damaged ends the step. */
+void dsv4_check_rows(const struct dsv4_pass *p, const struct dsv4_row_store *s, int32_t layer, int32_t first, int32_t end);
 /* indexer.c: whether any token of the pass sees more entries than it selects; ws->selected */
 int dsv4_scores(const struct dsv4_pass *p, int32_t layer);
 int dsv4_select(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);

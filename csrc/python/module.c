@@ -30,6 +30,12 @@ static int module_exec(PyObject *module) {
         Py_XDECREF(phases);
         return -1;
     }
+    int32_t layout, numerics;
+    dsv4_state_versions(&layout, &numerics);
+    if (PyModule_AddIntConstant(module, "STATE_LAYOUT", layout) < 0 ||
+        PyModule_AddIntConstant(module, "NUMERICS_VERSION", numerics) < 0 ||
+        PyModule_AddIntConstant(module, "BLOCK_ROWS", DSV4_STATE_BLOCK) < 0)
+        return -1;
     PyObject *errors = PyImport_ImportModule("dsv4.errors");
     if (!errors)
         return -1;
@@ -79,6 +85,15 @@ static PyMethodDef module_methods[] = {
      PyDoc_STR("dlpack(bytes, shape, code, bits, versioned, /)\n--\n\n"
                "A DLPack capsule over a contiguous buffer, which it keeps; code and bits are those "
                "of DLDataType.")},
+    {"stores", stores_function, METH_VARARGS,
+     PyDoc_STR("stores(model, position, /)\n--\n\n"
+               "(bytes of the fixed state, [(layer, kind, rows, row bytes), ...]) of a state.")},
+    {"load_session", load_session_function, METH_VARARGS,
+     PyDoc_STR("load_session(model, most_kept, file, use_mmap, ids, fixed, rows, /)\n--\n\n"
+               "A session whose rows lie in a file (name, descriptor, size): [((layer, kind, rows, "
+               "row bytes), offset, CRC-32C of the blocks), ...].")},
+    {"crc32c", checksum_function, METH_VARARGS,
+     PyDoc_STR("crc32c(data, value, /)\n--\n\nLike zlib.crc32, of the Castagnoli polynomial.")},
     {NULL, NULL, 0, NULL},
 };
 

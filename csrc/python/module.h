@@ -89,6 +89,23 @@ int check_process(const struct module_state *state, const struct handle *handle)
 /* The engine's session, or NULL with an exception set: closed, or a forked child. */
 dsv4_session *session_of(const struct module_state *state, SessionObject *session);
 
+/*
+ * Engine calls that take a session's lock, which a running step holds to its end: between enter and
+ * leave they wait for their turn after it, where Ctrl-C reaches them.  NULL with an exception set.
+ */
+dsv4_session *call_enter(const struct module_state *state, SessionObject *self, int *queued);
+void call_leave(SessionObject *self, int queued);
+
+/* A session of this model's handle, without an engine's session yet. */
+SessionObject *session_alloc(PyTypeObject *type, PyObject *handle);
+
+/* py_state.c: state in pieces; methods of Session, and functions of the module. */
+PyObject *session_fixed(SessionObject *self, PyObject *ignored);
+PyObject *session_blocks(SessionObject *self, PyObject *args);
+PyObject *stores_function(PyObject *module, PyObject *args);
+PyObject *load_session_function(PyObject *module, PyObject *args);
+PyObject *checksum_function(PyObject *module, PyObject *args);
+
 /* A step's result of one sampler: (token, logprob, finish, [(id, logprob), ...]); finish is enum
  * dsv4_finish. */
 PyObject *sample_to_python(const struct dsv4_sample *sample);

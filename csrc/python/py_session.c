@@ -13,7 +13,7 @@ dsv4_session *session_of(const struct module_state *state, SessionObject *self) 
     return check_process(state, handle_of(self->handle)) < 0 ? NULL : self->session;
 }
 
-static SessionObject *session_alloc(PyTypeObject *type, PyObject *handle) {
+SessionObject *session_alloc(PyTypeObject *type, PyObject *handle) {
     SessionObject *self = (SessionObject *)type->tp_alloc(type, 0);
     if (self)
         self->handle = Py_NewRef(handle);
@@ -81,13 +81,8 @@ static PyObject *session_close(SessionObject *self, PyObject *Py_UNUSED(ignored)
     Py_RETURN_NONE;
 }
 
-/*
- * Engine calls that take the session's lock, which a running step holds to its end: then they wait
- * for their turn after it, where Ctrl-C reaches them.  `in_call` keeps a close() of another thread
- * away meanwhile.
- */
-static dsv4_session *call_enter(const struct module_state *state, SessionObject *self,
-                                int *queued) {
+/* `in_call` keeps a close() of another thread away meanwhile. */
+dsv4_session *call_enter(const struct module_state *state, SessionObject *self, int *queued) {
     dsv4_session *session = session_of(state, self);
     if (!session)
         return NULL;
@@ -100,7 +95,7 @@ static dsv4_session *call_enter(const struct module_state *state, SessionObject 
     return session;
 }
 
-static void call_leave(SessionObject *self, int queued) {
+void call_leave(SessionObject *self, int queued) {
     self->in_call--;
     if (queued)
         queue_leave(&handle_of(self->handle)->queue);
@@ -286,9 +281,17 @@ static PyMethodDef session_methods[] = {
          "For measuring: move on to `position` with pseudo-random state, computing nothing.")},
     {"fork", (PyCFunction)(void (*)(void))session_fork, METH_VARARGS,
      PyDoc_STR("fork($self, at, /)\n--\n\n"
-               "A session that begins at the newest state at or before `at`; nothing is copied.")},
+               "A session that begins at the newest state at or before `at` (-1: what it is now); "
+               "nothing is copied.")},
     {"swap", (PyCFunction)(void (*)(void))session_swap, METH_VARARGS,
      PyDoc_STR("swap($self, other, /)\n--\n\nExchange timelines with an idle session.")},
+    {"fixed", (PyCFunction)(void (*)(void))session_fixed, METH_NOARGS,
+     PyDoc_STR("fixed($self, /)\n--\n\n"
+               "uint8 [n]: the fixed state where it lies, until the session moves on.")},
+    {"blocks", (PyCFunction)(void (*)(void))session_blocks, METH_VARARGS,
+     PyDoc_STR("blocks($self, layer, kind, first, n, /)\n--\n\n"
+               "([uint8 views of blocks of rows where they lie, until the session moves on], "
+               "bytes of their CRC-32C).")},
     {"close", (PyCFunction)(void (*)(void))session_close, METH_NOARGS,
      PyDoc_STR("close($self, /)\n--\n\nFree the state now; refused while a step runs.")},
     {NULL, NULL, 0, NULL},
