@@ -3,6 +3,8 @@
  * The lightning indexer (SPEC 3.6): which compressed entries each token of a CSA layer attends to.  ws->selected gets
  * their ids, ascending.  While everything visible fits into index_topk nothing is scored.
  */
+#include <string.h>
+
 #include "model/pass.h"
 
 /* Entries visible to token t of the pass: those whose window has closed, its own included (SPEC 3.7). */
@@ -15,6 +17,20 @@ int dsv4_scores(const struct dsv4_pass *p, int32_t layer) {
         if (visible(p, t, p->m->layers[layer].compressor.ratio) > p->m->config.index_topk)
             return 1;
     return 0;
+}
+
+/* NaN would only lose the selection silently: the step fails and names this layer instead. */
+static void check_scores(const struct dsv4_pass *p, int32_t layer, const float *scores, int32_t n) {
+    int nan = 0;
+    int32_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int32_t j = 0; j < 16; j++)
+            nan |= scores[i + j] != scores[i + j];
+    for (; i < n; i++)
+        nan |= scores[i] != scores[i];
+    int seen = atomic_load(p->bad_layer);
+    while (nan && layer < seen && !atomic_compare_exchange_weak(p->bad_layer, &seen, layer))
+        continue;
 }
 
 /* Scores of entries [first, end) for token t, a page of the session's blocks per call; `first` begins a block. */
@@ -34,18 +50,9 @@ static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int6
             .scratch = dsv4_scratch(w, p, p->ws->at_kernel), .w_scale = p->m->index_w_scale, .n_key = n,
             .block_keys = DSV4_ROWS_PER_BLOCK, .n_head = c->index_n_heads, .d_index = c->index_head_dim,
         });
+        check_scores(p, layer, scores + s, n);
     }
     dsv4_lap(w, p, DSV4_PHASE_INDEXER);
-}
-
-/* NaN would only lose the selection silently: the step fails and names this layer instead. */
-static void check_scores(const struct dsv4_pass *p, int32_t layer, const float *scores, int32_t n) {
-    int nan = 0;
-    for (int32_t i = 0; i < n; i++)
-        nan |= scores[i] != scores[i];
-    int seen = atomic_load(p->bad_layer);
-    while (nan && layer < seen && !atomic_compare_exchange_weak(p->bad_layer, &seen, layer))
-        continue;
 }
 
 static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, const float *scores) {
@@ -53,7 +60,6 @@ static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t laye
     int32_t *ids = p->ws->selected + t * c->index_topk;
     int32_t n = visible(p, t, p->m->layers[layer].compressor.ratio);
     if (n > c->index_topk) {
-        check_scores(p, layer, scores, n);
         n = p->m->k.top_k(ids, scores, n, c->index_topk, dsv4_scratch(w, p, p->ws->at_top_k));
         dsv4_lap(w, p, DSV4_PHASE_INDEXER);
     } else {
@@ -63,20 +69,68 @@ static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t laye
     p->ws->n_selected[t] = n;
 }
 
-/* Few tokens: all workers score each token's entries together, then each token is selected by one of them. */
+/* Whether every worker's part of n entries has room for what keep_best leaves there: parts differ by up to a block, and
+ * the last block may hold a single entry. */
+static int parts_hold(const dsv4_worker *w, const struct dsv4_pass *p, int32_t n) {
+    return n / w->n >= 2 * (p->m->config.index_topk + DSV4_ROWS_PER_BLOCK);
+}
+
+/* A worker's part of a token's scores: the best index_topk are moved to its front, their ids behind them.  Nothing else
+ * can be among the best of all. */
+static void keep_best(dsv4_worker *w, const struct dsv4_pass *p, float *scores, int32_t first, int32_t end) {
+    int32_t k = p->m->config.index_topk, *ids = dsv4_scratch(w, p, p->ws->at_scores);
+    p->m->k.top_k(ids, scores + first, end - first, k, dsv4_scratch(w, p, p->ws->at_top_k));
+    for (int32_t i = 0; i < k; i++) {
+        scores[first + i] = scores[first + ids[i]]; /* ids ascend */
+        ids[i] += first;
+    }
+    memcpy(scores + first + k, ids, (size_t)k * sizeof *ids);
+    dsv4_lap(w, p, DSV4_PHASE_INDEXER);
+}
+
+/* The best of what keep_best left; equal scores keep the order of their ids. */
+static void select_kept(dsv4_worker *w, const struct dsv4_pass *p, int32_t n, int64_t t, const float *scores) {
+    int32_t k = p->m->config.index_topk, *ids = p->ws->selected + t * k;
+    float *kept = dsv4_scratch(w, p, p->ws->at_scores);
+    int32_t *kept_ids = (int32_t *)(void *)(kept + (size_t)w->n * (size_t)k);
+    dsv4_worker other = *w;
+    for (other.id = 0; other.id < w->n; other.id++) {
+        int64_t lo, hi;
+        size_t at = (size_t)other.id * (size_t)k;
+        dsv4_share(&other, n, DSV4_ROWS_PER_BLOCK, &lo, &hi);
+        memcpy(kept + at, scores + lo, (size_t)k * sizeof *kept);
+        memcpy(kept_ids + at, scores + lo + k, (size_t)k * sizeof *kept_ids);
+    }
+    p->ws->n_selected[t] = p->m->k.top_k(ids, kept, w->n * k, k, dsv4_scratch(w, p, p->ws->at_top_k));
+    for (int32_t i = 0; i < k; i++)
+        ids[i] = kept_ids[ids[i]];
+    dsv4_lap(w, p, DSV4_PHASE_INDEXER);
+}
+
+/* Few tokens: all workers score each token's entries together, then each token is selected by one of them, among the
+ * best of each worker where there are many. */
 static int select_together(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     int32_t ratio = p->m->layers[layer].compressor.ratio, topk = p->m->config.index_topk;
     int64_t lo, hi;
     for (int32_t t = 0; t < p->n_tok; t++) {
+        float *scores = p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity;
         int32_t n = visible(p, t, ratio);
         dsv4_share(w, n, DSV4_ROWS_PER_BLOCK, &lo, &hi);
         if (n > topk)
-            score(w, p, layer, t, (int32_t)lo, (int32_t)hi, p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity);
+            score(w, p, layer, t, (int32_t)lo, (int32_t)hi, scores);
+        if (parts_hold(w, p, n) && !dsv4_cancelled(w))
+            keep_best(w, p, scores, (int32_t)lo, (int32_t)hi);
     }
     DSV4_SYNC(w, p);
     dsv4_share(w, p->n_tok, 1, &lo, &hi);
-    for (int64_t t = lo; t < hi; t++)
-        select_token(w, p, layer, t, p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity);
+    for (int64_t t = lo; t < hi; t++) {
+        const float *scores = p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity;
+        int32_t n = visible(p, t, ratio);
+        if (parts_hold(w, p, n))
+            select_kept(w, p, n, t, scores);
+        else
+            select_token(w, p, layer, t, scores);
+    }
     DSV4_SYNC(w, p);
     return 0;
 }
