@@ -81,7 +81,7 @@ static void check_small(void) {
     put("sys/devices/system/node/online", "0\n");
     put_node(0, "0-3\n");
     for (int i = 0; i < 4; i++) {
-        char list[8];
+        char list[16];
         snprintf(list, sizeof list, "%d\n", i);
         put_siblings(i, "core_cpus_list", list);
     }
@@ -90,7 +90,7 @@ static void check_small(void) {
 
     begin(); /* older kernels: thread_siblings_list; siblings far apart */
     for (int i = 0; i < 8; i++) {
-        char list[8];
+        char list[16];
         snprintf(list, sizeof list, "%d,%d\n", i % 4, i % 4 + 4);
         put_siblings(i, "thread_siblings_list", list);
     }
@@ -126,7 +126,7 @@ static void put_server(void) {
     put_node(0, "0-1,4-5\n");
     put_node(1, "2-3,6-7\n");
     for (int i = 0; i < 8; i++) {
-        char list[8];
+        char list[16];
         snprintf(list, sizeof list, "%d,%d\n", i % 4, i % 4 + 4);
         put_siblings(i, "core_cpus_list", list);
     }
