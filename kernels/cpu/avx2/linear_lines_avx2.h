@@ -3,7 +3,7 @@
  * Lines of codes (linear_few.h) with AVX2.  Which register holds which of the 16 lanes is free as
  * long as x and the tree agree: FP8 puts the even lanes in one and the odd lanes in the other, so
  * that codes need no shuffle; FP4 takes two rows in the halves of a register, lanes 4j ... 4j + 3
- * of both in register j.  Included by linear_avx2.c after its operands.
+ * of both in register j.  The including file, linear_avx2.c, has defined its operands.
  */
 #ifndef DSV4_LINEAR_LINES_AVX2_H
 #define DSV4_LINEAR_LINES_AVX2_H

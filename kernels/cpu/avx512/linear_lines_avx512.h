@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Lines of codes (linear_few.h): what avx512 and avx512bf16 share.  Included after their operands.
- */
+/* Lines of codes (linear_few.h): what avx512 and avx512bf16 share.  The including file has defined
+ * its operands. */
 #ifndef DSV4_LINEAR_LINES_AVX512_H
 #define DSV4_LINEAR_LINES_AVX512_H
 
