@@ -169,6 +169,10 @@ INLINE void line_tile(const struct dsv4_linear_args *a, const enum form form, in
             EACH (u, UNITS)
                 s.acc[r][t][u] = lanes_zero();
     }
+    if (form == FP4_FOLD && t0 == 0) /* the scales of the rows that are walked next */
+        EACH (r, R)
+            for (size_t i = 0; i < bytes / FP4_BLOCK_BYTES; i += LINE)
+                __builtin_prefetch(s.scale[r] + (walk->jump + bytes) / FP4_BLOCK_BYTES + i);
     s.cols = a->w->cols;
     s.packed = packed_bytes(s.cols);
     s.x = (const uint8_t *)a->scratch + (size_t)t0 * s.packed;

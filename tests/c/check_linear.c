@@ -41,12 +41,17 @@ static const int few_ops[] = {DSV4_OP_linear_few_fp8, DSV4_OP_linear_few_fp4,
 static const int many_ops[] = {DSV4_OP_linear_many_fp8, DSV4_OP_linear_many_fp4,
                                DSV4_OP_linear_many_bf16, DSV4_OP_linear_many_f32};
 
-/* Codes: anything but NaN, and a NaN now and then when asked for. */
+/* Codes: anything but NaN, in every second weight normal numbers alone, and a NaN now and then when
+ * asked for. */
 static void fill_codes(uint8_t *p, size_t n, int nan) {
+    const int normal = (int)check_below(2);
     check_fill_bytes(p, n);
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         if ((p[i] & 0x7f) == 0x7f)
             p[i] ^= 1;
+        if (normal && (p[i] & 0x78) == 0)
+            p[i] |= 0x08;
+    }
     if (nan && n)
         p[check_below((uint32_t)n)] = check_below(2) ? 0x7f : 0xff;
 }
