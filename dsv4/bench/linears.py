@@ -99,7 +99,8 @@ class Sweep:
         rows, cols = max(m.rows for m in found), max(m.cols for m in found)
         rng = np.random.default_rng(3)
         x = rng.standard_normal(n_tok * cols, np.float32)
-        self.x = (x.view(np.uint32) >> 16).astype(np.uint16)
+        self.x = calls.aligned(2 * n_tok * cols).view(np.uint16)  # as in the engine
+        self.x[:] = x.view(np.uint32) >> 16
         self.out = np.zeros(n_tok * rows, np.uint16)
         self.scratch = calls.linear_scratch(cols).nbytes
         self.weights = [

@@ -34,7 +34,8 @@ struct many_tile {
     const float *scales;
     const dsv4_bf16 *x[TILE_TOKENS];
     const dsv4_bf16 *next;  /* a token of the next tile, to prefetch to the second level */
-    const uint8_t *weights; /* of the next panel, to prefetch a line a step, or NULL */
+    const uint8_t *weights; /* of the next panel, to prefetch, or NULL */
+    int32_t often;          /* a line at multiples of so many columns, a power of two */
     int32_t row, n_row, t, n_tok;
 };
 
@@ -77,6 +78,7 @@ INLINE void many_unit(const struct many *m, const struct many_tile *tile, const 
     const int32_t cols = m->a->w->cols, block = blocks ? blocks * STEP : cols;
     const uint8_t *panel = tile->panel + (size_t)u * m->unit_bytes, *weights = tile->weights;
     const dsv4_bf16 *x[TILE_TOKENS], *next = tile->next;
+    const int32_t often = tile->often;
     lanes total[TILE_ROWS][TILE_TOKENS], acc[TILE_ROWS][TILE_TOKENS];
     EACH (t, T)
         x[t] = tile->x[t] + u * UNIT;
@@ -88,8 +90,8 @@ INLINE void many_unit(const struct many *m, const struct many_tile *tile, const 
         int32_t k = k0;
         for (; k + STEP <= end; k += STEP, panel += TILE_ROWS * OPERAND_BYTES) {
             __builtin_prefetch(next + k, 0, 2);
-            if (weights && !u) {
-                __builtin_prefetch(weights);
+            if (weights && !u && !(k & (often - 1))) {
+                __builtin_prefetch(weights, 0, 2);
                 weights += CACHE_LINE;
             }
             multiply_tile(acc, panel, x, k, UNIT, 0, T);
@@ -191,8 +193,12 @@ INLINE int32_t tile_start(const struct many *m, int32_t j) {
 /* The n rows of the panel, the first of them `row`, with all tokens. */
 static NOINLINE void many_tokens(const struct many *m, many_tile_fn *const *fn, int32_t row,
                                  int32_t n) {
-    /* the codes of TILE_ROWS rows are so many times a line a step: fetched with the last tokens */
-    const int32_t shares = (int32_t)(TILE_ROWS * m->row_bytes / CACHE_LINE) / m->steps;
+    /* the codes of TILE_ROWS rows are so many times a line a step; they come with the last tokens,
+     * as slowly as there are tokens for it */
+    int32_t shares = (int32_t)(TILE_ROWS * m->row_bytes / CACHE_LINE) / m->steps, often = STEP;
+    for (; often < 4 * STEP && 2 * shares <= m->token_tiles; often *= 2)
+        shares *= 2;
+    const size_t share_bytes = (size_t)(m->steps * STEP / often) * CACHE_LINE;
     for (int32_t j = 0; j < m->token_tiles; j++) {
         const int32_t t0 = tile_start(m, j), share = shares - (m->token_tiles - j);
         const int32_t t1 = tile_start(m, j + 1),
@@ -208,9 +214,9 @@ static NOINLINE void many_tokens(const struct many *m, many_tile_fn *const *fn, 
             tile.row = row + i * TILE_ROWS;
             tile.n_row = n - i * TILE_ROWS;
             tile.next = token(m->a, t1 + i < t2 ? t1 + i : t0);
+            tile.often = often;
             tile.weights = share >= 0 && after + TILE_ROWS <= m->a->w->rows
-                               ? m->w + (size_t)after * m->row_bytes +
-                                     (size_t)share * (size_t)m->steps * CACHE_LINE
+                               ? m->w + (size_t)after * m->row_bytes + (size_t)share * share_bytes
                                : NULL;
             fn[TILE_TOKENS - T](m, &tile);
         }

@@ -12,6 +12,7 @@ over the pool, the median.  `--all` shows every variant, not only the chosen one
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -115,11 +116,11 @@ class Bench:
         return float(np.median(times)) / len(found)
 
 
-def cases(only: str | None) -> list[tuple[str, str, int, int, int]]:
+def cases(only: str | None, counts: Sequence[int]) -> list[tuple[str, str, int, int, int]]:
     """format, name, rows, cols, tokens"""
     found = []
     for fmt, name, rows, cols in SHAPES:
-        for tokens in (1, 4, MANY_TOKENS):
+        for tokens in counts:
             if (only is None or only in (fmt, name)) and not (fmt == "f32" and tokens == 4):
                 found.append((fmt, name, rows if tokens < 9 else min(rows, 2048), cols, tokens))
     return found
@@ -129,9 +130,8 @@ def measure(bench: Bench, only: str | None, every: bool, tokens_only: int | None
     """All results, printed as they come."""
     results = []
     chosen = {op: name for op, name, _, picked in _core.kernel_variants(None) if picked}
-    for fmt, name, rows, cols, tokens in cases(only):
-        if tokens_only is not None and tokens != tokens_only:
-            continue
+    counts = (1, 4, MANY_TOKENS) if tokens_only is None else (tokens_only,)
+    for fmt, name, rows, cols, tokens in cases(only, counts):
         op = f"linear_{'few' if tokens <= 8 else 'many'}_{fmt}"
         for variant in door.variants(op):
             picked = chosen[op] == variant.name
@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--all", action="store_true", help="every variant, not only the chosen")
     parser.add_argument("--only", help="a format or a layer")
-    parser.add_argument("--tokens", type=int, choices=(1, 4, MANY_TOKENS))
+    parser.add_argument("--tokens", type=int, help="so many tokens only (default 1, 4 and 512)")
     parser.add_argument("--seconds", type=float, default=1.0, help="per line (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="at once (default 1)")
     options = parser.parse_args()
