@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv4.answer import Completion, Event, TokenLogprob
+    from dsv4.batch_jobs import BatchReport, run_batch
     from dsv4.completion import parse_completion
     from dsv4.config import Config
     from dsv4.encoding import encode_messages
@@ -36,6 +37,8 @@ __version__ = "0.1.0"
 
 # name -> module: imported when first used, so that `import dsv4` alone costs nothing
 _WHERE = {
+    "BatchReport": "batch_jobs",
+    "run_batch": "batch_jobs",
     "parse_completion": "completion",
     "Config": "config",
     "encode_messages": "encoding",
@@ -65,6 +68,7 @@ _WHERE = {
 
 __all__ = [
     "BackendUnavailable",
+    "BatchReport",
     "Completion",
     "Config",
     "DeviceError",
@@ -89,6 +93,7 @@ __all__ = [
     "load",
     "parse_completion",
     "plan",
+    "run_batch",
 ]
 
 

@@ -15,7 +15,7 @@ from dsv4.answer import Completion, failure
 from dsv4.generate import checked_sampling, form_of, prepared
 from dsv4.model import Model
 from dsv4.progress import bar
-from dsv4.sampling import Sampling
+from dsv4.sampling import Sampling, by_our_names
 from dsv4.scheduler import Handle, Scheduler
 
 # rows read ahead of the oldest that has no answer yet; in places
@@ -194,7 +194,7 @@ class _Batch:
         sampling = parameters.pop("sampling", None)
         self.sampling = checked_sampling(model, sampling, parameters)
         # None: rows may not add to an object, only replace it
-        self.parameters = None if sampling is not None else parameters | {
+        self.parameters = None if sampling is not None else by_our_names(parameters) | {
             "seed": self.sampling.seed}
         self.scheduler = Scheduler(
             model, concurrency=concurrency, memory=memory, share_prefixes=share_prefixes)
@@ -246,7 +246,7 @@ class _Batch:
             return item, {"sampling": own}, self.form
         form, parameters = form_of(own)
         if self.parameters is not None:
-            parameters = self.parameters | parameters
+            parameters = self.parameters | by_our_names(parameters)
         elif not parameters:
             parameters = {"sampling": self.sampling}
         return item, parameters, self.form | form

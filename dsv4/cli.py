@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dsv4`: generate, chat, info, verify, bench; each with --json.
+"""The command `dsv4`: generate, batch, chat, info, verify, bench; each with --json.
 
 Answers and reports go to standard output, everything else to standard error.  Exit codes: 0 done,
 1 failed (one sentence says why), 2 wrong usage, 130 Ctrl-C, 141 the reader of the output went
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import dsv4
+from dsv4 import batch_command
 from dsv4.errors import (
     BackendUnavailable,
     DeviceError,
@@ -117,13 +118,21 @@ def _parser() -> argparse.ArgumentParser:
         "--logprobs", type=int, metavar="K", help="with --json: log-probabilities, K alternatives")
     generate.set_defaults(run=_generate)
 
+    batch = commands.add_parser(
+        "batch", help="answer a file of requests", description=batch_command.DESCRIPTION,
+        epilog="exit codes: as for dsv4; 129, 130 or 143 after SIGHUP, Ctrl-C or SIGTERM: start "
+        "again to go on")
+    batch_command.add_arguments(batch)
+    batch.set_defaults(run=_batch)
+
     chat = commands.add_parser("chat", help="talk with the model", description=CHAT_HELP)
     chat.set_defaults(run=_chat)
-    for command in (generate, chat):
-        _add_model_arguments(command)
+    for command in (generate, batch, chat):
+        _add_model_arguments(command, *("--limit-memory",) * (command is batch))
         for name, kind, metavar, text in SAMPLING:
             command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-        command.add_argument("--system", metavar="TEXT", help="a system message (chat)")
+        if command is not batch:
+            command.add_argument("--system", metavar="TEXT", help="a system message (chat)")
         command.add_argument("--thinking", action="store_true", help="reason before the answer")
         command.add_argument("--reasoning-effort", metavar="E", help="low, high or max")
 
@@ -154,25 +163,26 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--peers", metavar="FILE", help="add the rows that tests/bench/peers.py --json printed")
     bench.set_defaults(run=_bench)
-    for command in (generate, chat, info, verify, bench):
+    for command in (generate, batch, chat, info, verify, bench):
         command.add_argument("--json", action="store_true", help="for machines")
     return parser
 
 
-def _add_model_arguments(command: argparse.ArgumentParser) -> None:
+def _add_model_arguments(command: argparse.ArgumentParser, *memory: str) -> None:
     command.add_argument("--model", metavar="PATH", help="folder or hub id; by default the model "
                          "inside dsv4")
     command.add_argument("--threads", type=int, metavar="N", help="by default one per core")
     command.add_argument("--numerics", default="official", choices=("official", "weights"))
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
-    _add_memory_argument(command)
+    _add_memory_argument(command, *memory)
 
 
-def _add_memory_argument(command: argparse.ArgumentParser) -> None:
+def _add_memory_argument(command: argparse.ArgumentParser, *more: str) -> None:
     command.add_argument(
-        "--memory", type=_bytes, metavar="SIZE", help="use at most so many bytes (24G is 24 GiB); "
-        "by default what is free.  Routed experts beyond that are read from disk when chosen")
+        "--memory", *more, type=_bytes, metavar="SIZE", help="use at most so many bytes (24G is "
+        "24 GiB); by default what is free.  Routed experts beyond that are read from disk when "
+        "chosen")
 
 
 def _bytes(text: str) -> int:
@@ -287,6 +297,20 @@ class _Output:
         elif self.last != "\n":
             self.file.write("\n")
         self.file.flush()
+
+
+# ---- batch ----
+
+def _batch(args: argparse.Namespace) -> int:
+    sampling = _sampling(args)
+    form = _chat_arguments(args)
+    code, report = batch_command.run(lambda: _load(args), dict(
+        input=args.input, output=args.output, seed=sampling.pop("seed", 0),
+        concurrency=args.concurrency, limit_memory=args.memory, skip_invalid=args.skip_invalid,
+        force_new=args.force_new, **form, **sampling))
+    if report is not None:
+        print(json.dumps(report.as_dict()) if args.json else report)
+    return code
 
 
 # ---- chat ----

@@ -202,7 +202,7 @@ class Sampling:
         0.6
         """
         _refuse_unknown(kwargs)
-        given = _by_our_names({k: v for k, v in kwargs.items() if v is not None})
+        given = by_our_names({k: v for k, v in kwargs.items() if v is not None})
         values = _from_config(defaults or {}, sampled=given.get("do_sample") is True)
         do_sample = given.pop("do_sample", None)
         if do_sample is not None:
@@ -273,7 +273,8 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
             raise NotImplementedError(f"{name}: dsv4 does not have this sampling parameter yet")
 
 
-def _by_our_names(given: Mapping[str, Any]) -> dict[str, Any]:
+def by_our_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with every alias replaced; TypeError if two of them are one thing."""
     values: dict[str, Any] = {}
     used: dict[str, str] = {}
     for name, value in given.items():

@@ -26,6 +26,14 @@ def test_the_example_works_as_printed(
     assert "dsv4.Model" in lines and "<think>" in lines and "False" not in lines
 
 
+def test_the_batch_example_works_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"<!-- batch example -->\n```python\n(.*?)```", README, re.S)
+    assert code
+    exec(compile(code.group(1), "README.md", "exec"), {})
+    lines = capsys.readouterr().out
+    assert "2 length" in lines and "'completion_tokens': 20" in lines
+
+
 @pytest.mark.parametrize(("name", "file"), [("V4-Flash", "flash"), ("V4-Pro", "pro")])
 def test_the_memory_table_is_the_plan(name: str, file: str) -> None:
     row = re.search(rf"^\| {name} \|(.*)\|$", README, re.M)

