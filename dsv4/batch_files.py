@@ -22,6 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dsv4.errors import shown
+
 SYNC_SECONDS = 1.0
 HEAD = b'{"crc":"00000000","row":'
 
@@ -195,8 +197,8 @@ def _compare(manifest: Path, facts: dict[str, Any]) -> None:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise ValueError(
-                f"{manifest}: {name}: the job there has {old.get(name)!r}, this one "
-                f"{new.get(name)!r}; begin again with --force-new, or choose another output")
+                f"{manifest}: {name}: the job there has {shown(old.get(name))}, this one "
+                f"{shown(new.get(name))}; begin again with --force-new, or choose another output")
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

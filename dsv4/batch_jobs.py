@@ -22,18 +22,15 @@ from dsv4.answer import Completion, TokenLogprob, told
 from dsv4.batch import _Bar, batch
 from dsv4.batch_files import Job
 from dsv4.batch_input import Line, Request, read_lines, read_request
-from dsv4.checkpoint import Checkpoint
 from dsv4.errors import FormatError
 from dsv4.generate import checked_sampling, form_of, prepared
 from dsv4.model import Model
-from dsv4.sampling import GENERATION_CONFIG_FILE, by_our_names
+from dsv4.sampling import by_our_names
 from dsv4.scheduler import check_concurrency
-from dsv4.tokenizer import TOKENIZER_FILE
 
 MOST_FAULTS = 20
 FORM_DEFAULTS = dict(
     special=False, thinking_mode="chat", reasoning_effort=None, drop_thinking=True, version=None)
-SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +172,9 @@ def work(
         if not skip_invalid:
             _refuse(source, lines)
         facts = {
-            "format": 1, "dsv4": dsv4.__version__, "input_sha256": digest,
-            "model": fingerprint(loaded), "numerics": loaded.numerics, "seed": seed,
+            "format": 1, "dsv4": dsv4.__version__, "input_sha256": digest, "seed": seed,
+            "model": {k: v for k, v in loaded._fingerprint.items() if k != "state_layout"},
+            "generation_config": loaded.generation_config,
             "sampling": parameters, "prompts": FORM_DEFAULTS | form,
             "skip_invalid": bool(skip_invalid)}
         job = Job(target, facts, force_new)
@@ -290,21 +288,6 @@ def row_seed(seed: int, custom_id: str) -> int:
     have their own random numbers from it (`dsv4.Sampling`)."""
     text = b"%d\0%b" % (seed, custom_id.encode())
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def fingerprint(model: Model) -> str:
-    """What tells two checkpoints apart: config, tokenizer, tensor table, a sample of each shard."""
-    digest = hashlib.sha256()
-    for name in ("config.json", GENERATION_CONFIG_FILE, TOKENIZER_FILE):
-        file = model.path / name
-        digest.update(b"%b\0%b\0" % (name.encode(), file.read_bytes() if file.exists() else b""))
-    with Checkpoint.open(model.path) as checkpoint:
-        for info in sorted(checkpoint.tensors.values(), key=lambda info: info.name):
-            digest.update(f"{info.name} {info.dtype} {info.shape} {info.nbytes}\n".encode())
-        for shard in checkpoint.shards:
-            digest.update(os.pread(shard.fd, SAMPLE_BYTES, shard.size // 2))
-            digest.update(os.pread(shard.fd, SAMPLE_BYTES, max(0, shard.size - SAMPLE_BYTES)))
-    return digest.hexdigest()
 
 
 # ---- rows in OpenAI's form ----

@@ -272,7 +272,7 @@ def test_another_job_does_not_continue_it(
         ("prompts.thinking_mode", dict(thinking_mode="thinking"), source, model),
         ("skip_invalid", dict(skip_invalid=True), source, model),
         ("input_sha256", {}, other, model),
-        ("input_sha256|model", {}, ids, flash),
+        ("generation_config", {}, ids, flash),
     ]
     for says, arguments, path, loaded in changes:
         with pytest.raises(ValueError, match=says):
