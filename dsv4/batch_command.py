@@ -64,5 +64,5 @@ def run(
         print(f"dsv4: {name}: what is done is kept; the same command goes on", file=sys.stderr)
         return 128 + end.number, None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # the command is about to end: with its own code
+            signal.signal(number, signal.SIG_IGN if stopped else handler)

@@ -213,6 +213,10 @@ def test_kept_states_stay_within_their_budget(small: dsv4.Model) -> None:
     assert kept.longest(query) is not None
     assert kept.longest(np.array([*ids_of(60, 23), 7], np.int32)) is None
     assert kept.longest(query[:60]) is None  # nothing would be left to compute
+    other = [*ids_of(79, 31), 7]  # longer, and ends as the query does
+    kept.keep(np.array(other, np.int32), session)
+    longer = np.array([*query, *ids_of(18, 32), 7, 8], np.int32)
+    assert longer[79] == 7 and kept.length(longer) == 60
     kept.close()
     assert len(kept) == kept.nbytes == 0
     small_budget = Prefixes(each - 1)
@@ -344,6 +348,17 @@ def test_an_error_stays_in_its_row(
         assert type(answers[i].error) is kind and says in str(answers[i].error)
         assert answers[i].as_dict()["error"].startswith(kind.__name__)
     assert [told(answers[i]) for i in places] == alone
+
+
+def test_a_failing_step_counts_no_token(poisoned: dsv4.Model) -> None:
+    """Rows whose token was sampled before another row of the step turned out to be bad."""
+    options: dict[str, Any] = dict(seed=3, max_new_tokens=5, frequency_penalty=1.0,
+                                   ignore_eos=True, logit_bias={NAN_ID: -math.inf})
+    good = [[i] for i in range(2, 40)]
+    wanted = [told(one(poisoned.generate(ids, **options))) for ids in good]
+    answers = list(poisoned.batch([*good, [3, NAN_ID]], concurrency=64, **options))
+    assert [told(a) for a in answers[:-1]] == wanted
+    assert isinstance(answers[-1].error, dsv4.NonFiniteLogitsError)
 
 
 def test_too_little_memory_is_one_rows_error(

@@ -121,8 +121,9 @@ def test_signals_end_it_and_lose_nothing(
     process = start(source, output, "--concurrency", "2")
     wait_until_it_grows(process, partial(output), 3000)
     sent = time.monotonic()
-    process.send_signal(number)
-    process.send_signal(number)
+    for _ in range(15):
+        process.send_signal(number)
+        time.sleep(0.001)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 128 + number and number.name in told
     assert time.monotonic() - sent < 5 and "Traceback" not in told
@@ -335,6 +336,12 @@ def test_rows_are_what_generate_gives(
             if asked.get("logprobs"):
                 assert [(t["token_id"], t["logprob"]) for t in choice["logprobs"]["content"]] == [
                     (t.token, t.logprob) for t in answer.logprobs or ()]
+
+
+def test_seeds_of_rows() -> None:
+    seeds = {row_seed(seed, name) for seed in (0, 1, 10) for name in ("a", "b", "0a", "é")}
+    assert len(seeds) == 12 and all(0 <= seed < 1 << 64 for seed in seeds)
+    assert row_seed(0, "a") == 15270482384145340437  # jobs of yesterday go on
 
 
 def test_the_same_bytes_at_any_concurrency_and_order(
