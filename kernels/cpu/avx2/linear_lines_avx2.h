@@ -68,8 +68,8 @@ INLINE void pack_fp4(uint8_t *out, const dsv4_bf16 *x, int32_t cols) {
     }
 }
 
-/* Two pairs of elements, of the even and of the odd lanes: `low` and `high` hold the words of their
- * odd and even elements. */
+/* 32 columns: `odd` and `even` hold their odd and even elements as words, lower halves those of the
+ * even lanes. */
 INLINE void fp8_products(lanes acc[2], __m256i odd, __m256i even, const float *x) {
     acc[0] = _mm256_fmadd_ps(even_elements(odd), _mm256_load_ps(x), acc[0]);
     acc[0] = _mm256_fmadd_ps(even_elements(even), _mm256_load_ps(x + 8), acc[0]);
