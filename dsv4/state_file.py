@@ -115,11 +115,12 @@ def fingerprint(model: "dsv4.Model") -> dict[str, Any]:
     whole, the middle 4 KB of large ones, of the routed experts one a layer.
     """
     tensors, weights = hashlib.sha256(), hashlib.sha256()
+    experts = model.config.n_routed_experts
     table = model.tensors._table
     for name, dtype, shape, *_ in (engine_tensor(table[name]) for name in sorted(table)):
         tensors.update(f"{name} {dtype} {shape}\n".encode())
-        expert = re.fullmatch(r"layers\.(\d+)\.ffn\.experts\.(\d+)\..*", name)
-        if expert and int(expert[1]) % model.config.n_routed_experts != int(expert[2]):
+        parts = name.split(".")
+        if "experts" in parts and int(parts[1]) % experts != int(parts[4]):
             continue
         data = model._core.tensor(name)
         if len(data) > 16 * PAGE:
