@@ -30,6 +30,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap as mmap_module
 import os
 import platform
 import re
@@ -317,13 +318,14 @@ def load(
         _check_extent(plan, head, len(table), info.st_size, file)
         checksums = [table[a:b] for a, b in _spans(plan)]
         _check_gaps(fd, plan, head, file)
-        tokens = _read_section(fd, plan.sections[0], head, checksums[0], file)
-        fixed = _read_section(fd, plan.sections[1], head, checksums[1], file)
+        data = _data(fd, head + plan.sections[1].end, file, mmap)
+        tokens, fixed = (
+            _checked(data, section, head, crcs, file)
+            for section, crcs in zip(plan.sections[:2], checksums[:2], strict=True))
         rows = [(store, head + section.offset, crcs) for (section, store), crcs
                 in zip(plan.rows, checksums[2:], strict=True)]
         core = _core.load_session(
-            model._core, checkpoints, (file, fd, info.st_size), mmap,
-            np.frombuffer(tokens, "<i4").astype(np.int32, copy=False), fixed, rows)
+            model._core, checkpoints, (file, fd, info.st_size), mmap, tokens, fixed, rows)
     finally:
         os.close(fd)
     if verify or not mmap:
@@ -403,18 +405,25 @@ def _check_gaps(fd: int, plan: Layout, head: int, file: str) -> None:
                               wanted="zeros: the file is damaged")
 
 
-def _read_section(
-    fd: int, section: Section, head: int, checksums: bytes, file: str
-) -> bytes:
-    data = read_exactly(fd, section.nbytes, head + section.offset, file)
-    view = memoryview(data)
+def _data(fd: int, size: int, file: str, mapped: bool) -> memoryview:
+    """The first bytes of the file."""
+    if mapped:
+        return memoryview(mmap_module.mmap(fd, size, prot=mmap_module.PROT_READ))
+    return memoryview(read_exactly(fd, size, 0, file))
+
+
+def _checked(
+    data: memoryview, section: Section, head: int, checksums: bytes, file: str
+) -> memoryview:
+    """The bytes of a section, equal to their checksums."""
+    view = data[head + section.offset : head + section.end]
     for i in range(section.pieces):
         got = _core.crc32c(view[i * PIECE : (i + 1) * PIECE], 0)
         if got != int.from_bytes(checksums[4 * i : 4 * i + 4], "little"):
             raise FormatError(
                 file=file, rule=f"{section.name}, from byte {i * PIECE}", got="another checksum",
                 wanted="the one the file names: it is damaged")
-    return data
+    return view
 
 
 def _aligned(n: int) -> int:

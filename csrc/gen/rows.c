@@ -8,8 +8,6 @@
 
 struct dsv4_block {
     atomic_int references;
-    uint32_t crc;              /* of the rows in the file */
-    struct dsv4_mapping *file; /* one reference: the rows lie there, none here; or NULL */
     _Alignas(64) uint8_t rows[];
 };
 
@@ -24,29 +22,15 @@ static struct dsv4_block *block_create(const struct dsv4_row_store *s, const uin
     if (!b)
         return NULL;
     atomic_init(&b->references, 1);
-    b->file = NULL;
     if (n)
         memcpy(b->rows, from, n);
     memset(b->rows + n, 0, bytes - n);
     return b;
 }
 
-static struct dsv4_block *block_in_file(struct dsv4_mapping *file, uint32_t crc) {
-    struct dsv4_block *b = aligned_alloc(64, sizeof *b);
-    if (!b)
-        return NULL;
-    atomic_init(&b->references, 1);
-    b->crc = crc;
-    b->file = file;
-    dsv4_mapping_retain(file);
-    return b;
-}
-
 static void block_release(struct dsv4_block *b) {
-    if (!b || atomic_fetch_sub(&b->references, 1) > 1)
-        return;
-    dsv4_mapping_release(b->file);
-    free(b);
+    if (b && atomic_fetch_sub(&b->references, 1) == 1)
+        free(b);
 }
 
 static void page_release(struct dsv4_page *p) {
@@ -54,6 +38,7 @@ static void page_release(struct dsv4_page *p) {
         return;
     for (int i = 0; i < DSV4_BLOCKS_PER_PAGE; i++)
         block_release(p->blocks[i]);
+    dsv4_mapping_release(p->file);
     free(p);
 }
 
@@ -63,6 +48,11 @@ static struct dsv4_page *page_create(const struct dsv4_page *from) {
         return NULL;
     atomic_init(&p->references, 1);
     atomic_init(&p->unchecked, from ? atomic_load(&from->unchecked) : 0);
+    if (from && from->file) {
+        dsv4_mapping_retain(from->file);
+        p->file = from->file;
+        memcpy(p->crcs, from->crcs, sizeof p->crcs);
+    }
     for (int i = 0; from && i < DSV4_BLOCKS_PER_PAGE; i++) {
         p->rows[i] = from->rows[i];
         p->blocks[i] = from->blocks[i];
@@ -108,7 +98,7 @@ static enum dsv4_rows_status own_block(struct dsv4_row_store *s, int32_t i) {
     if (!page)
         return DSV4_ROWS_NO_MEMORY;
     struct dsv4_block *old = page->blocks[at];
-    if (!old || old->file || atomic_load(&old->references) > 1) {
+    if (!old || atomic_load(&old->references) > 1) {
         int kept = i < s->n_block;
         if (kept && dsv4_rows_damaged(s, i * DSV4_ROWS_PER_BLOCK, i * DSV4_ROWS_PER_BLOCK + 1) >= 0)
             return DSV4_ROWS_DAMAGED;
@@ -145,11 +135,16 @@ enum dsv4_rows_status dsv4_rows_map(struct dsv4_row_store *s, struct dsv4_mappin
         if (!whole && dsv4_crc32c(0, rows, part) != crcs[i])
             return DSV4_ROWS_DAMAGED;
         struct dsv4_page *page = own_page(s, i / DSV4_BLOCKS_PER_PAGE);
-        struct dsv4_block *b = !page ? NULL : whole ? block_in_file(file, crcs[i]) : block_create(s, rows, part);
-        if (!b)
+        struct dsv4_block *copy = page && !whole ? block_create(s, rows, part) : NULL;
+        if (!page || (!whole && !copy))
             return DSV4_ROWS_NO_MEMORY;
-        page->blocks[at] = b;
-        page->rows[at] = whole ? rows : b->rows;
+        if (whole && !page->file) {
+            dsv4_mapping_retain(file);
+            page->file = file;
+        }
+        page->blocks[at] = copy;
+        page->rows[at] = whole ? rows : copy->rows;
+        page->crcs[at] = crcs[i];
         if (whole)
             atomic_fetch_or(&page->unchecked, (uint64_t)1 << at);
         s->n_block = i + 1;
@@ -165,7 +160,7 @@ int32_t dsv4_rows_check(const struct dsv4_row_store *s, int32_t first, int32_t e
         uint64_t bit = (uint64_t)1 << at;
         if (!(atomic_load_explicit(&page->unchecked, memory_order_relaxed) & bit))
             continue;
-        if (dsv4_crc32c(0, page->rows[at], block_bytes(s)) != page->blocks[at]->crc)
+        if (dsv4_crc32c(0, page->rows[at], block_bytes(s)) != page->crcs[at])
             return i * DSV4_ROWS_PER_BLOCK;
         atomic_fetch_and(&page->unchecked, ~bit);
     }
@@ -174,8 +169,8 @@ int32_t dsv4_rows_check(const struct dsv4_row_store *s, int32_t first, int32_t e
 
 const char *dsv4_rows_file(const struct dsv4_row_store *s, int32_t i) {
     int32_t block = i / DSV4_ROWS_PER_BLOCK;
-    const struct dsv4_block *b = s->pages[block / DSV4_BLOCKS_PER_PAGE]->blocks[block % DSV4_BLOCKS_PER_PAGE];
-    return b->file ? b->file->path : NULL;
+    const struct dsv4_page *page = s->pages[block / DSV4_BLOCKS_PER_PAGE];
+    return page->file && !page->blocks[block % DSV4_BLOCKS_PER_PAGE] ? page->file->path : NULL;
 }
 
 int dsv4_rows_share(struct dsv4_row_store *to, const struct dsv4_row_store *from, int32_t n) {

@@ -22,8 +22,10 @@ enum { DSV4_ROWS_PER_BLOCK = 64, DSV4_BLOCKS_PER_PAGE = 64 };
 struct dsv4_block;
 
 struct dsv4_page {
-    uint8_t *rows[DSV4_BLOCKS_PER_PAGE]; /* borrowed from the blocks */
+    uint8_t *rows[DSV4_BLOCKS_PER_PAGE]; /* borrowed from the blocks, or from the file */
     struct dsv4_block *blocks[DSV4_BLOCKS_PER_PAGE]; /* one reference each, or NULL */
+    struct dsv4_mapping *file; /* one reference: blocks that have rows and are NULL lie there; or NULL */
+    uint32_t crcs[DSV4_BLOCKS_PER_PAGE]; /* of the blocks in the file */
     _Atomic uint64_t unchecked; /* bit i: block i has not been compared with its checksum yet */
     atomic_int references;
 };

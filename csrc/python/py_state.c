@@ -139,32 +139,29 @@ static struct dsv4_saved_rows *parse_rows(PyObject *list, uint32_t **crcs) {
 PyObject *load_session_function(PyObject *module, PyObject *args) {
     struct module_state *state = PyModule_GetState(module);
     ModelObject *model;
-    PyObject *path = NULL, *id_array, *list, *result = NULL;
+    PyObject *path = NULL, *list, *result = NULL;
     int most_kept, fd, use_mmap;
     unsigned long long size;
-    Py_buffer fixed;
-    if (!PyArg_ParseTuple(args, "O!i(O&iK)pOy*O!:load_session", state->model_type, &model,
-                          &most_kept, PyUnicode_FSConverter, &path, &fd, &size, &use_mmap,
-                          &id_array, &fixed, &PyList_Type, &list))
+    Py_buffer ids, fixed;
+    if (!PyArg_ParseTuple(args, "O!i(O&iK)py*y*O!:load_session", state->model_type, &model,
+                          &most_kept, PyUnicode_FSConverter, &path, &fd, &size, &use_mmap, &ids,
+                          &fixed, &PyList_Type, &list))
         return NULL;
     SessionObject *session = NULL;
     struct dsv4_saved_rows *rows = NULL;
     uint32_t *crcs = NULL;
-    int64_t n_id[1] = {-1};
-    int32_t *ids = NULL;
     PyObject *handle = handle_of_model(state, model);
     if (!handle)
         goto done;
-    ids = convert_array(id_array, "ids", ARRAY_I32, 1, n_id);
-    rows = ids ? parse_rows(list, &crcs) : NULL;
+    rows = parse_rows(list, &crcs);
     session = rows ? session_alloc(state->session_type, handle) : NULL;
     if (!session)
         goto done;
     const struct dsv4_saved_state saved = {
         .file = {PyBytes_AS_STRING(path), fd, size},
         .use_mmap = use_mmap,
-        .position = n_id[0] <= INT32_MAX ? (int32_t)n_id[0] : -1,
-        .ids = ids,
+        .position = ids.len / 4 <= INT32_MAX ? (int32_t)(ids.len / 4) : -1,
+        .ids = ids.buf,
         .fixed = fixed.buf,
         .fixed_bytes = (uint64_t)fixed.len,
         .rows = rows,
@@ -184,7 +181,7 @@ done:
     Py_XDECREF(session);
     PyMem_Free(rows);
     PyMem_Free(crcs);
-    PyMem_Free(ids);
+    PyBuffer_Release(&ids);
     PyBuffer_Release(&fixed);
     Py_XDECREF(path);
     return result;

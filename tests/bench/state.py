@@ -5,8 +5,8 @@
 
 The model has V4-Flash's 43 layers as far as state goes (rows, windows, compressors of the published
 size: 3.5 KB a token) and next to no weights; the state is `Session._fill`'s.  The file, 3.7 GB at a
-million tokens, goes into FOLDER (a temporary one) and is loaded again in a process of its own, where
-it is in the page cache, as it is after a save.  What is counted as loading is the whole call,
+million tokens, goes into FOLDER (a temporary one) and is loaded again in a process of its own,
+where it is in the page cache, as it is after a save.  What is counted as loading is the whole call,
 everything checked that is not checked on first use; `first step` says what that costs later.  Ends
 with status 1 if a limit is missed.
 """
@@ -123,8 +123,8 @@ def main() -> int:
                               stdout=subprocess.PIPE, text=True)
         found |= json.loads(done.stdout)
     gigabytes = found["bytes"] / 1e9
-    print(f"file of {options.tokens:,} tokens: {gigabytes:.2f} GB, {found['ratio']:.4f} of the state "
-          f"(limit {MAX_RATIO}), saved in {found['save']:.1f} s")
+    print(f"file of {options.tokens:,} tokens: {gigabytes:.2f} GB, {found['ratio']:.4f} of the "
+          f"state (limit {MAX_RATIO}), saved in {found['save']:.1f} s")
     print(f"load: {found['first_load']:.3f} s in a new process, {found['load']:.3f} s again "
           f"(limit {MAX_LOAD_S} s); with verify=True {found['verified']:.2f} s")
     print(f"first step: {found['step']:.3f} s, which checks what it reads; the next one "
