@@ -63,26 +63,28 @@ INLINE void operand_store(uint8_t *p, operand w) {
     _mm256_store_ps((float *)(void *)(p + 32), w.even);
 }
 
-/* All odd products first: 10 sums, 5 x and one weight fill the 16 registers. */
+/* All odd products, or all even ones: 10 sums, 2 weights and one x leave registers free, without
+ * which the compiler keeps sums in memory. */
+INLINE void multiply_half(__m256 acc[TILE_ROWS][TILE_TOKENS], const float *panel,
+                          const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked,
+                          const int T, const int odd) {
+    __m256 w[TILE_ROWS];
+    EACH (r, TILE_ROWS)
+        w[r] = _mm256_load_ps(panel + r * OPERAND_BYTES / 4 + (odd ? 0 : 8));
+    EACH (t, T) {
+        __m256i pairs = load_bf16(x[t] + k, n, masked);
+        __m256 v = odd ? odd_elements(pairs) : even_elements(pairs);
+        EACH (r, TILE_ROWS)
+            acc[r][t] = _mm256_fmadd_ps(w[r], v, acc[r][t]);
+    }
+}
+
 INLINE void multiply_tile(__m256 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *panel,
                           const dsv4_bf16 *const *x, int32_t k, int32_t n, const int masked,
                           const int T) {
     const float *w = (const float *)(const void *)panel;
-    __m256 v[TILE_TOKENS];
-    EACH (t, T)
-        v[t] = odd_elements(load_bf16(x[t] + k, n, masked));
-    EACH (r, TILE_ROWS) {
-        __m256 weight = _mm256_load_ps(w + 16 * r);
-        EACH (t, T)
-            acc[r][t] = _mm256_fmadd_ps(weight, v[t], acc[r][t]);
-    }
-    EACH (t, T)
-        v[t] = even_elements(load_bf16(x[t] + k, n, masked));
-    EACH (r, TILE_ROWS) {
-        __m256 weight = _mm256_load_ps(w + 16 * r + 8);
-        EACH (t, T)
-            acc[r][t] = _mm256_fmadd_ps(weight, v[t], acc[r][t]);
-    }
+    multiply_half(acc, w, x, k, n, masked, T, 1);
+    multiply_half(acc, w, x, k, n, masked, T, 0);
 }
 
 /* Rule 2 for weights as stored: magnitudes below 2^-55 become +0. */
