@@ -41,7 +41,8 @@ void dsv4_linear_rows(dsv4_worker *w, const struct dsv4_pass *p, const struct ds
         a.out = (uint8_t *)job->out + t * job->ld_out * (job->out_f32 ? 4 : 2);
         for (int32_t r = row0; r < row1 && !dsv4_cancelled(w); r = a.row1) {
             a.row0 = r;
-            a.row1 = row1 - r > TILE_ROWS ? r + TILE_ROWS : row1;
+            a.row1 = (r / TILE_ROWS + 1) * TILE_ROWS; /* whole blocks of FP8 scales */
+            a.row1 = a.row1 < row1 ? a.row1 : row1;
             fn(&a);
         }
     }
