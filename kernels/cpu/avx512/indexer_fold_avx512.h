@@ -13,20 +13,23 @@
  * that exponents lie within 2^+-24 and weights within 2^-60 ... 2^24, or are zero.
  *
  * A tile is four heads by 64 keys.  The including file defines before that what indexer_avx512.h
- * and indexer_simd.h ask for, with FOLD_KEYS 64, and
+ * and indexer_simd.h ask for, with FOLD_KEYS 64, and gives afterwards
  *
- *   sum_add(sum, k, q)      vpdpbusd
- *   fold_add(score, sum, even, odd)
- *                           score += bf16(w * bf16(max(sum, 0))) for 64 keys of a head, in an order
- *                           of keys of its own; w is a bf16 in the lower half of each lane of
- *                           `even`, and in the upper half of `odd`, which as a float is w
+ *   fold_add(s, part)       part 0 ... 15 of adding bf16(w * bf16(max(sum, 0))) to the scores of 64
+ *                           keys for one head, in an order of keys of its own
  *   fold_order(score)       makes the keys ascend
+ *
+ * The parts are there because the processor does not look far enough ahead to hide other work
+ * behind so many dots: that work has to stand between them.
  */
 #ifndef DSV4_INDEXER_FOLD_AVX512_H
 #define DSV4_INDEXER_FOLD_AVX512_H
 
 #include "cpu/avx512/indexer_avx512.h"
 #include "cpu/indexer_simd.h"
+
+/* Keeps what has been computed so far, in this order, before what follows. */
+#define FOLD_HERE(x) __asm__ volatile("" : "+v"(x))
 
 enum {
     FOLD_VECS = FOLD_KEYS / LANES,
@@ -46,9 +49,25 @@ struct folded {
     int32_t *start;       /* [heads] -KEY_OFFSET * sum of 2q << shift */
     int32_t *even, *odd;  /* [heads] weight * 2^(eq - 2) as bf16 in one half */
     int32_t *shift; /* [ceil(n_block / 4)][FOLD_KEYS] of the rows being loaded, a byte per block */
+    int32_t *unit;  /* [6][LANES] of the rows being loaded, see fold_dwords */
+    int32_t *sum;   /* [GROUP][FOLD_KEYS] of the heads before */
+    float *score;   /* [FOLD_KEYS] */
     uint8_t *rows;  /* [FOLD_KEYS] rows of an incomplete tile */
     size_t steps, n_block; /* steps = n_block * STEPS */
 };
+
+/* The sums of a head and where they are added, and what is between the parts of that. */
+struct fold_head {
+    const int32_t *sum; /* [FOLD_KEYS] */
+    /* the weight, times 2^(eq - 2), as bf16: in the lower half; in the upper half, so as float */
+    const int32_t *even, *odd;
+    float *score; /* [FOLD_KEYS] */
+    ivec a, b;
+    vec x, y;
+};
+
+static inline __attribute__((always_inline)) void fold_add(struct fold_head *s, int part);
+static void fold_order(float *score);
 
 static struct folded fold_cut(const struct work *w) {
     struct folded f;
@@ -64,7 +83,10 @@ static struct folded fold_cut(const struct work *w) {
     f.exponent[0] = f.odd + heads;
     f.exponent[1] = f.exponent[0] + FOLD_KEYS;
     f.shift = f.exponent[1] + FOLD_KEYS;
-    f.rows = (uint8_t *)(f.shift + (f.n_block + 3) / 4 * FOLD_KEYS);
+    f.unit = f.shift + (f.n_block + 3) / 4 * FOLD_KEYS;
+    f.sum = f.unit + 6 * LANES;
+    f.score = (float *)(f.sum + GROUP * FOLD_KEYS);
+    f.rows = (uint8_t *)(f.score + FOLD_KEYS);
     assert(f.rows + FOLD_KEYS * w->row_bytes <=
            (uint8_t *)w->a->scratch + DSV4_INDEX_SCRATCH(w->a->n_head, w->a->d_index));
     return f;
@@ -131,49 +153,96 @@ static const uint8_t *fold_rows(const struct folded *f, const uint8_t *rows, siz
 }
 
 /*
- * Part `unit` < FOLD_VECS * n_block of the codes of FOLD_KEYS rows: a block of LANES of them, bytes
- * `offset` more.
+ * Rows are loaded in FOLD_VECS * n_block units, a block of LANES of them each: first their four
+ * dwords, shifts, and what is added after shifting, to f->unit, then dword by dword to codes.
  */
-static inline __attribute__((always_inline)) void fold_unit(const struct folded *f, fold_step *out,
-                                                            const uint8_t *rows, size_t row_bytes,
-                                                            size_t unit, const int offset) {
-    const ivec twice_12 = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    const ivec nibble = _mm512_set1_epi8(15);
-    const size_t first = unit / f->n_block * LANES, b = unit % f->n_block;
+static inline __attribute__((always_inline)) void fold_dwords(const struct folded *f,
+                                                              const uint8_t *rows, size_t unit,
+                                                              const int offset,
+                                                              const size_t n_block) {
+    const size_t first = unit / n_block * LANES, b = unit % n_block, row_bytes = 17 * n_block;
     const uint8_t *at = rows + first * row_bytes + b * 16;
-    ivec r[4], t[4], x[4];
+    ivec r[4], t[4];
     UNROLL
     for (size_t i = 0; i < 4; i++, at += row_bytes) {
+        const uint8_t *at_4 = at + 4 * row_bytes, *at_8 = at + 8 * row_bytes;
+        const uint8_t *at_12 = at + 12 * row_bytes;
         r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)at));
-        r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x00f0,
-                                           _mm_loadu_si128((const void *)(at + 4 * row_bytes)));
-        r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x0f00,
-                                           _mm_loadu_si128((const void *)(at + 8 * row_bytes)));
-        r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000,
-                                           _mm_loadu_si128((const void *)(at + 12 * row_bytes)));
+        r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x00f0, _mm_loadu_si128((const void *)at_4));
+        r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x0f00, _mm_loadu_si128((const void *)at_8));
+        r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000, _mm_loadu_si128((const void *)at_12));
     }
     /* r[i] has row 4j + i in 128-bit lane j: transposed within the lanes, dword i of rows 0...15 */
     t[0] = _mm512_unpacklo_epi32(r[0], r[1]);
     t[1] = _mm512_unpackhi_epi32(r[0], r[1]);
     t[2] = _mm512_unpacklo_epi32(r[2], r[3]);
     t[3] = _mm512_unpackhi_epi32(r[2], r[3]);
-    x[0] = _mm512_unpacklo_epi64(t[0], t[2]);
-    x[1] = _mm512_unpackhi_epi64(t[0], t[2]);
-    x[2] = _mm512_unpacklo_epi64(t[1], t[3]);
-    x[3] = _mm512_unpackhi_epi64(t[1], t[3]);
-    /* (2k + 12) << shift stays within its byte */
+    i_store(f->unit, _mm512_unpacklo_epi64(t[0], t[2]));
+    i_store(f->unit + LANES, _mm512_unpackhi_epi64(t[0], t[2]));
+    i_store(f->unit + 2 * LANES, _mm512_unpacklo_epi64(t[1], t[3]));
+    i_store(f->unit + 3 * LANES, _mm512_unpackhi_epi64(t[1], t[3]));
     ivec shift = i_load(f->shift + b / 4 * FOLD_KEYS + first);
     shift = i_and(_mm512_srl_epi32(shift, _mm_cvtsi32_si128((int)(b % 4 * 8))), i_set1(FOLD_SHIFT));
-    ivec more = _mm512_sub_epi8(_mm512_set1_epi8((char)offset),
-                                _mm512_sllv_epi32(_mm512_set1_epi8(12), shift));
-    UNROLL
+    i_store(f->unit + 4 * LANES, shift);
+    i_store(f->unit + 5 * LANES, _mm512_sub_epi8(_mm512_set1_epi8((char)offset),
+                                                 _mm512_sllv_epi32(_mm512_set1_epi8(12), shift)));
+}
+
+/* Codes of a dword of the unit: where they go, and what is between the parts of it. */
+struct fold_load {
+    const int32_t *unit, *dword;
+    int32_t *to;
+    ivec low, high;
+};
+
+/* Part 0 ... 15 of it; (2k + 12) << shift stays within its byte. */
+static inline __attribute__((always_inline)) void fold_codes(struct fold_load *l, const int part) {
+    const ivec nibble = _mm512_set1_epi8(15), shift = i_load(l->unit + 4 * LANES);
+    const ivec twice_12 = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    if (part == 1) {
+        l->low = i_and(i_load(l->dword), nibble);
+        FOLD_HERE(l->low);
+    } else if (part == 3) {
+        l->low = _mm512_shuffle_epi8(twice_12, l->low);
+        FOLD_HERE(l->low);
+    } else if (part == 4) {
+        l->high = _mm512_srli_epi32(i_load(l->dword), 4);
+        FOLD_HERE(l->high);
+    } else if (part == 5) {
+        l->low = _mm512_sllv_epi32(l->low, shift);
+        FOLD_HERE(l->low);
+    } else if (part == 6) {
+        l->high = i_and(l->high, nibble);
+        FOLD_HERE(l->high);
+    } else if (part == 8) {
+        i_store(l->to, _mm512_add_epi8(l->low, i_load(l->unit + 5 * LANES)));
+    } else if (part == 9) {
+        l->high = _mm512_shuffle_epi8(twice_12, l->high);
+        FOLD_HERE(l->high);
+    } else if (part == 12) {
+        l->high = _mm512_sllv_epi32(l->high, shift);
+        FOLD_HERE(l->high);
+    } else if (part == 13) {
+        i_store(l->to + FOLD_KEYS, _mm512_add_epi8(l->high, i_load(l->unit + 5 * LANES)));
+    }
+}
+
+static inline __attribute__((always_inline)) struct fold_load
+fold_load(const struct folded *f, fold_step *out, size_t unit, size_t dword, const size_t n_block) {
+    const size_t first = unit / n_block * LANES, step = unit % n_block * STEPS + 2 * dword;
+    return (struct fold_load){
+        .unit = f->unit, .dword = f->unit + dword * LANES, .to = out[step] + first};
+}
+
+static void fold_unit(const struct folded *f, fold_step *out, const uint8_t *rows, size_t unit,
+                      int offset) {
+    fold_dwords(f, rows, unit, offset, f->n_block);
     for (size_t i = 0; i < 4; i++) {
-        int32_t *to = out[b * STEPS + 2 * i] + first;
-        ivec low = _mm512_shuffle_epi8(twice_12, i_and(x[i], nibble));
-        ivec high = _mm512_shuffle_epi8(twice_12, i_and(_mm512_srli_epi32(x[i], 4), nibble));
-        i_store(to, _mm512_add_epi8(_mm512_sllv_epi32(low, shift), more));
-        i_store(to + FOLD_KEYS, _mm512_add_epi8(_mm512_sllv_epi32(high, shift), more));
+        struct fold_load l = fold_load(f, out, unit, i, f->n_block);
+        UNROLL
+        for (int part = 0; part < 16; part++)
+            fold_codes(&l, part);
     }
 }
 
@@ -205,7 +274,7 @@ static int fold_queries(struct work *w) {
             return 0;
         rows = fold_rows(&f, rows, w->row_bytes, n);
         for (size_t unit = 0; unit < FOLD_VECS * f.n_block; unit++)
-            fold_unit(&f, q, rows, w->row_bytes, unit, 0);
+            fold_unit(&f, q, rows, unit, 0);
         for (size_t v = 0; v * LANES < n; v++) {
             ivec sum = i_set1(0);
             for (size_t i = 0; i < f.steps; i++)
@@ -221,70 +290,130 @@ static int fold_keys(struct work *w, const struct tile *t) {
     int fold = t->n && fold_scales(&f, f.exponent[w->half], t->keys, w->row_bytes, t->n);
     const uint8_t *rows = fold ? fold_rows(&f, t->keys, w->row_bytes, t->n) : NULL;
     for (size_t unit = 0; fold && unit < FOLD_VECS * f.n_block; unit++)
-        fold_unit(&f, f.keys[w->half], rows, w->row_bytes, unit, KEY_OFFSET);
+        fold_unit(&f, f.keys[w->half], rows, unit, KEY_OFFSET);
     return fold;
 }
 
-/* score += four heads, ascending. */
+/* A block of 32 of four heads and 64 keys; between the dots, part of a head and part of a load. */
+static inline __attribute__((always_inline)) void fold_block(const fold_step *k, const int32_t *q,
+                                                             ivec sum[GROUP][FOLD_VECS],
+                                                             struct fold_head *s,
+                                                             struct fold_load *l) {
+    UNROLL
+    for (int i = 0; i < STEPS; i++) {
+        ivec x[FOLD_VECS];
+        UNROLL
+        for (size_t v = 0; v < FOLD_VECS; v++)
+            x[v] = i_load(k[i] + v * LANES);
+        UNROLL
+        for (int h = 0; h < GROUP; h++) {
+            ivec y = i_set1(q[i * FOLD_KEYS + h]);
+            UNROLL
+            for (size_t v = 0; v < FOLD_VECS; v++) {
+                sum[h][v] = sum_add(sum[h][v], x[v], y);
+                FOLD_HERE(sum[h][v]);
+            }
+            if (s && h % 2 == 0)
+                fold_add(s, 2 * i + h / 2);
+            if (l && h % 2 == 1)
+                fold_codes(l, 2 * i + h / 2);
+        }
+    }
+}
+
+static inline struct fold_head fold_head(const struct folded *f, size_t head, size_t h) {
+    return (struct fold_head){.sum = f->sum + h * FOLD_KEYS,
+                              .even = f->even + head + h,
+                              .odd = f->odd + head + h,
+                              .score = f->score};
+}
+
+/* The four heads whose sums are there. */
+static void fold_rest(const struct folded *f, size_t head) {
+    for (size_t h = 0; h < GROUP; h++) {
+        struct fold_head s = fold_head(f, head, h);
+        UNROLL
+        for (int part = 0; part < 16; part++)
+            fold_add(&s, part);
+    }
+}
+
+/*
+ * Sums of four heads.  In the shadow of the dots the scores get the heads before them, unless these
+ * are added already (between == 0), and the next tile a unit of its codes, if its dwords are there.
+ */
 static inline __attribute__((always_inline)) void
-fold_group(const struct folded *f, const fold_step *k, size_t head, vec score[FOLD_VECS]) {
+fold_group(const struct folded *f, const fold_step *k, size_t head, size_t before, fold_step *out,
+           size_t unit, const int between, const int load) {
     ivec sum[GROUP][FOLD_VECS];
-    const fold_step *q = f->q + head / FOLD_KEYS * f->steps;
-    const size_t lane = head % FOLD_KEYS;
+    const int32_t *q = f->q[head / FOLD_KEYS * f->steps] + head % FOLD_KEYS;
     UNROLL
     for (size_t h = 0; h < GROUP; h++) {
         UNROLL
         for (size_t v = 0; v < FOLD_VECS; v++)
             sum[h][v] = i_set1(f->start[head + h]);
     }
-    for (size_t b = 0; b < f->n_block; b++, k += STEPS, q += STEPS) {
-        UNROLL
-        for (size_t i = 0; i < STEPS; i++) {
-            ivec x[FOLD_VECS];
-            UNROLL
-            for (size_t v = 0; v < FOLD_VECS; v++)
-                x[v] = i_load(k[i] + v * LANES);
-            UNROLL
-            for (size_t h = 0; h < GROUP; h++) {
-                ivec y = i_set1(q[i][lane + h]);
-                UNROLL
-                for (size_t v = 0; v < FOLD_VECS; v++)
-                    sum[h][v] = sum_add(sum[h][v], x[v], y);
-            }
-        }
+    for (size_t b = 0; b < (between ? 4 : f->n_block); b++, k += STEPS, q += STEPS * FOLD_KEYS) {
+        struct fold_head s = fold_head(f, before, b);
+        struct fold_load l = fold_load(f, out, unit, b, between ? 4 : f->n_block);
+        fold_block(k, q, sum, between ? &s : NULL, load ? &l : NULL);
     }
     UNROLL
-    for (size_t h = 0; h < GROUP; h++)
-        fold_add(score, sum[h], i_set1(f->even[head + h]), i_set1(f->odd[head + h]));
+    for (size_t h = 0; h < GROUP; h++) {
+        UNROLL
+        for (size_t v = 0; v < FOLD_VECS; v++)
+            i_store(f->sum + h * FOLD_KEYS + v * LANES, sum[h][v]);
+    }
+}
+
+/* All heads of a tile, the next one loaded meanwhile; four blocks, which are four heads or dwords.
+ */
+static void fold_between(const struct folded *f, const fold_step *k, size_t n_head, fold_step *out,
+                         const uint8_t *rows, const uint8_t *ahead, size_t ahead_bytes) {
+    const size_t units = rows ? FOLD_VECS * 4 : 0;
+    size_t unit = 0, before = 0, fetched = 0;
+    for (; unit + (n_head + GROUP - 1) / GROUP < units; unit++)
+        fold_unit(f, out, rows, unit, KEY_OFFSET);
+    memset(f->sum, 0, GROUP * FOLD_KEYS * sizeof *f->sum); /* before the first: heads that add +0 */
+    for (size_t head = 0; head < n_head; before = head, head += GROUP) {
+        for (; fetched * n_head < ahead_bytes * (head + GROUP) && fetched < ahead_bytes;
+             fetched += 64)
+            __builtin_prefetch(ahead + fetched);
+        if (unit < units) {
+            fold_dwords(f, rows, unit, KEY_OFFSET, 4);
+            fold_group(f, k, head, before, out, unit++, 1, 1);
+        } else {
+            fold_group(f, k, head, before, out, 0, 1, 0);
+        }
+    }
+    fold_rest(f, before);
 }
 
 static int fold_scores(struct work *w, const struct tile t[3]) {
     const struct folded f = fold_cut(w);
-    const size_t n_head = (size_t)w->a->n_head, units = FOLD_VECS * f.n_block;
+    const size_t n_head = (size_t)w->a->n_head;
     const fold_step *k = f.keys[w->half];
     const int32_t *exponent = f.exponent[w->half];
-    size_t ahead = t[2].n * w->row_bytes, fetched = 0;
-    vec score[FOLD_VECS];
     w->half ^= 1;
+    fold_step *out = f.keys[w->half];
     int fold = t[1].n && fold_scales(&f, f.exponent[w->half], t[1].keys, w->row_bytes, t[1].n);
     const uint8_t *rows = fold ? fold_rows(&f, t[1].keys, w->row_bytes, t[1].n) : NULL;
-    UNROLL
-    for (size_t v = 0; v < FOLD_VECS; v++)
-        score[v] = v_zero();
-    for (size_t head = 0, unit = 0; head < n_head; head += GROUP) {
-        for (; fetched < ahead && fetched * n_head <= (head + GROUP) * ahead; fetched += 64)
-            __builtin_prefetch(t[2].keys + fetched);
-        /* the loading of the next tile runs in the shadow of the dots */
-        for (; fold && unit * n_head < (head + GROUP) * units && unit < units; unit++)
-            fold_unit(&f, f.keys[w->half], rows, w->row_bytes, unit, KEY_OFFSET);
-        fold_group(&f, k, head, score);
+    memset(f.score, 0, FOLD_KEYS * sizeof *f.score);
+    if (f.n_block == 4) {
+        fold_between(&f, k, n_head, out, rows, t[2].keys, t[2].n * w->row_bytes);
+    } else {
+        for (size_t unit = 0; fold && unit < FOLD_VECS * f.n_block; unit++)
+            fold_unit(&f, out, rows, unit, KEY_OFFSET);
+        for (size_t head = 0; head < n_head; head += GROUP) {
+            fold_group(&f, k, head, 0, out, 0, 0, 0);
+            fold_rest(&f, head);
+        }
     }
-    fold_order(score);
-    UNROLL
+    fold_order(f.score);
     for (size_t v = 0; v < FOLD_VECS; v++) {
         vec scale = v_cast(SHIFT_LEFT(i_load(exponent + v * LANES), FIELD));
         size_t first = v * LANES, left = t->n > first ? t->n - first : 0;
-        v_store_scores(t->scores + first, v_mul(score[v], scale), i_set1(0),
+        v_store_scores(t->scores + first, v_mul(_mm512_load_ps(f.score + first), scale), i_set1(0),
                        left < LANES ? left : LANES);
     }
     return fold;

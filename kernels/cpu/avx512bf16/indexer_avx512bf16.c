@@ -12,40 +12,68 @@
 #define sum_add _mm512_dpbusd_epi32
 #define sum_finish(sum, bias) (sum)
 
+#include "cpu/avx512/indexer_fold_avx512.h"
+
 static inline __m512 dot(__m512 acc, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
 
+static inline __m512i two_to_bf16(__m512 high, __m512 low) {
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+static inline void add_to(float *score, __m512i p) {
+    _mm512_store_ps(score, v_add(_mm512_load_ps(score), v_cast(p)));
+}
+
 /*
- * Per pair of vectors, keys 0...31: bf16(t) of all in order; products of even keys and of odd keys;
- * rounded, keys 0, 2, ... 30, 1, 3, ... 31; so score[0] has keys 0, 4, ... 28, 1, 5, ... 29 and
- * score[1] the others.
+ * Two vectors at a time, keys 0...31: a is bf16(t) of all in order; x and y are the products of
+ * even keys and of odd keys; a is these rounded, keys 0, 2, ... 30, 1, 3, ... 31.  So the first
+ * vector of scores has keys 0, 4, ... 28, 1, 5, ... 29 and the second the others.
  */
-static inline __attribute__((always_inline)) void fold_add(__m512 score[4], const __m512i sum[4],
-                                                           __m512i even, __m512i odd) {
-    const __m512i upper = i_set1((int)0xffff0000u);
-    UNROLL
-    for (int v = 0; v < 4; v += 2) {
-        __m512i t = (__m512i)_mm512_cvtne2ps_pbh(v_from_int(sum[v + 1]), v_from_int(sum[v]));
-        t = _mm512_max_epi16(t, _mm512_setzero_si512());
-        __m512 x = dot(v_zero(), t, even), y = dot(v_zero(), t, odd);
-        __m512i p = (__m512i)_mm512_cvtne2ps_pbh(y, x);
-        score[v] = v_add(score[v], v_cast(SHIFT_LEFT(p, 16)));
-        score[v + 1] = v_add(score[v + 1], v_cast(i_and(p, upper)));
+static inline __attribute__((always_inline)) void fold_pair(struct fold_head *s, int part,
+                                                            const int32_t *sum, float *score) {
+    if (part == 0) {
+        s->x = v_from_int(i_load(sum));
+        FOLD_HERE(s->x);
+    } else if (part == 1) {
+        s->y = v_from_int(i_load(sum + LANES));
+        FOLD_HERE(s->y);
+    } else if (part == 2) {
+        s->a = two_to_bf16(s->y, s->x);
+        FOLD_HERE(s->a);
+    } else if (part == 3) {
+        s->a = _mm512_max_epi16(s->a, _mm512_setzero_si512());
+        FOLD_HERE(s->a);
+    } else if (part == 4) {
+        s->x = dot(v_zero(), s->a, i_set1(*s->even));
+        FOLD_HERE(s->x);
+        s->y = dot(v_zero(), s->a, i_set1(*s->odd));
+        FOLD_HERE(s->y);
+    } else if (part == 5) {
+        s->a = two_to_bf16(s->y, s->x);
+        FOLD_HERE(s->a);
+    } else if (part == 6) {
+        add_to(score, SHIFT_LEFT(s->a, 16));
+    } else {
+        add_to(score + LANES, i_and(s->a, i_set1((int)0xffff0000u)));
     }
 }
 
-static inline void fold_order(__m512 score[4]) {
+static inline __attribute__((always_inline)) void fold_add(struct fold_head *s, int part) {
+    const int pair = part / 8 * 2 * LANES;
+    fold_pair(s, part % 8, s->sum + pair, s->score + pair);
+}
+
+static void fold_order(float *score) {
     const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
-    for (int v = 0; v < 4; v += 2) {
-        __m512 x = score[v], y = score[v + 1];
-        score[v] = _mm512_permutex2var_ps(x, low, y);
-        score[v + 1] = _mm512_permutex2var_ps(x, high, y);
+    for (int v = 0; v < 4 * LANES; v += 2 * LANES) {
+        __m512 x = _mm512_load_ps(score + v), y = _mm512_load_ps(score + v + LANES);
+        _mm512_store_ps(score + v, _mm512_permutex2var_ps(x, low, y));
+        _mm512_store_ps(score + v + LANES, _mm512_permutex2var_ps(x, high, y));
     }
 }
-
-#include "cpu/avx512/indexer_fold_avx512.h"
 
 static void dsv4k_index_scores_avx512bf16(const struct dsv4_index_scores_args *a) {
     index_scores(a);

@@ -8,21 +8,28 @@
 #define sum_add _mm512_dpbusd_epi32
 #define sum_finish(sum, bias) (sum)
 
-static inline __attribute__((always_inline)) void fold_add(__m512 score[4], const __m512i sum[4],
-                                                           __m512i even, __m512i odd) {
-    (void)even;
-    UNROLL
-    for (int v = 0; v < 4; v++) {
-        __m512 t = v_round(v_from_int(_mm512_max_epi32(sum[v], _mm512_setzero_si512())));
-        score[v] = v_add(score[v], v_round(v_mul(v_cast(odd), t)));
+#include "cpu/avx512/indexer_fold_avx512.h"
+
+/* A vector of keys in four parts. */
+static inline __attribute__((always_inline)) void fold_add(struct fold_head *s, int part) {
+    const int v = part / 4 * LANES;
+    if (part % 4 == 0) {
+        s->x = v_from_int(_mm512_max_epi32(i_load(s->sum + v), _mm512_setzero_si512()));
+        FOLD_HERE(s->x);
+    } else if (part % 4 == 1) {
+        s->x = v_round(s->x);
+        FOLD_HERE(s->x);
+    } else if (part % 4 == 2) {
+        s->x = v_mul(v_cast(i_set1(*s->odd)), s->x);
+        FOLD_HERE(s->x);
+    } else {
+        _mm512_store_ps(s->score + v, v_add(_mm512_load_ps(s->score + v), v_round(s->x)));
     }
 }
 
-static inline void fold_order(__m512 score[4]) {
+static void fold_order(float *score) {
     (void)score;
 }
-
-#include "cpu/avx512/indexer_fold_avx512.h"
 
 static void dsv4k_index_scores_avx512vnni(const struct dsv4_index_scores_args *a) {
     index_scores(a);
