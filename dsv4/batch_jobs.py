@@ -131,7 +131,7 @@ def run_batch(
     >>> dsv4.run_batch(None, folder / "in.jsonl", folder / "out.jsonl").rows
     1
     >>> json.loads((folder / "out.jsonl").read_text())["response"]["body"]["usage"]["total_tokens"]
-    9
+    7
     """
     def load() -> Model:
         return dsv4.load(None if isinstance(model, Model) else model, memory=limit_memory)

@@ -24,9 +24,12 @@ if any((ROOT / "dsv4" / f"_core{suffix}").exists() for suffix in EXTENSION_SUFFI
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
 
-# A shell without job control starts background jobs with SIGINT ignored: Ctrl-C is tested here.
+# A shell without job control starts background jobs with SIGINT ignored, nohup with SIGHUP ignored:
+# both are tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from dsv4 import nano as nano_module  # noqa: E402
 from dsv4.tokenizer import Tokenizer  # noqa: E402

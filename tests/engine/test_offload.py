@@ -159,7 +159,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
-    roots = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    roots = [str(Path(dsv4.__file__).parents[1]), str(Path(__file__).parent)]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), str(budget(plan, kept)), *roots],
         check=True, text=True, stdout=subprocess.PIPE)
