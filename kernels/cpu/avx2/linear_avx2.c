@@ -84,6 +84,7 @@ INLINE void multiply_tile(__m256 acc[TILE_ROWS][TILE_TOKENS], const uint8_t *pan
                           const int T) {
     const float *w = (const float *)(const void *)panel;
     multiply_half(acc, w, x, k, n, masked, T, 1);
+    __asm__ volatile("" ::: "memory"); /* x is loaded again, not kept in registers sums need */
     multiply_half(acc, w, x, k, n, masked, T, 0);
 }
 
