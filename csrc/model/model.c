@@ -143,6 +143,21 @@ static int32_t default_chunk(const struct dsv4_config *c) {
     return n < MIN_CHUNK ? MIN_CHUNK : n > MAX_CHUNK ? MAX_CHUNK : (int32_t)n;
 }
 
+dsv4_status dsv4_load_job(dsv4_model *m, dsv4_job_fn *fn, void *ctx, const atomic_ullong *done, uint64_t total,
+                          dsv4_error *err) {
+    int running = 1, cancelled = 0;
+    DSV4_TRY(dsv4_team_start(m->team, fn, ctx, err));
+    while (running) { /* the last report comes after the work is done */
+        running = dsv4_team_wait(m->team, 50);
+        if (m->options.progress && m->options.progress(m->options.progress_arg, atomic_load(done), total))
+            cancelled = 1;
+        if (running && cancelled)
+            dsv4_team_cancel(m->team);
+    }
+    dsv4_team_finish(m->team);
+    return cancelled ? dsv4_fail(err, DSV4_E_CANCELLED, "the load was cancelled") : DSV4_OK;
+}
+
 static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, int32_t n_shard,
                          const struct dsv4_tensor_desc *tensors, int32_t n_tensor, dsv4_error *err) {
     DSV4_TRY(check_config(&m->config, err));

@@ -93,6 +93,11 @@ struct dsv4_model {
     atomic_int references;
 };
 
+/* model/model.c: a job of the team while the model is loaded, of whose `total` bytes *done are: tells the progress
+ * callback, and cancels when that asks for it (DSV4_E_CANCELLED). */
+dsv4_status dsv4_load_job(dsv4_model *m, dsv4_job_fn *fn, void *ctx, const atomic_ullong *done, uint64_t total,
+                          dsv4_error *err);
+
 /* model/rope.c: the frequencies of both tables (SPEC 3.2). */
 void dsv4_rope_frequencies(float *main_table, float *compressed, const struct dsv4_config *c);
 

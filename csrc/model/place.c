@@ -137,17 +137,7 @@ static dsv4_status copy_all(struct place *p, dsv4_error *err) {
         if (p->blocks[i].bytes >= LARGE)
             madvise((uint8_t *)room + p->blocks[i].at, (size_t)p->blocks[i].bytes, MADV_HUGEPAGE);
     madvise(room, (size_t)p->total, MADV_DONTFORK); /* a child cannot use the model */
-    int running = 1, cancelled = 0;
-    DSV4_TRY(dsv4_team_start(m->team, place_job, p, err));
-    while (running) {
-        running = dsv4_team_wait(m->team, 50);
-        if (m->options.progress && m->options.progress(m->options.progress_arg, atomic_load(&p->done), p->total))
-            cancelled = 1;
-        if (running && cancelled)
-            dsv4_team_cancel(m->team);
-    }
-    dsv4_team_finish(m->team);
-    return cancelled ? dsv4_fail(err, DSV4_E_CANCELLED, "the load was cancelled") : DSV4_OK;
+    return dsv4_load_job(m, place_job, p, &p->done, p->total, err);
 }
 
 dsv4_status dsv4_place_weights(dsv4_model *m, const struct dsv4_shard_desc *shards, dsv4_error *err) {

@@ -145,19 +145,9 @@ static void populate_job(dsv4_worker *w, void *ctx) {
 }
 
 static dsv4_status populate(dsv4_model *m, struct populate *p, dsv4_error *err) {
-    int running = 1, cancelled = 0;
     for (size_t i = 0; i < p->n; i++)
         p->total += p->runs[i].to - p->runs[i].from;
-    DSV4_TRY(dsv4_team_start(m->team, populate_job, p, err));
-    while (running) {
-        running = dsv4_team_wait(m->team, 50);
-        if (m->options.progress && m->options.progress(m->options.progress_arg, atomic_load(&p->done), p->total))
-            cancelled = 1;
-        if (running && cancelled)
-            dsv4_team_cancel(m->team);
-    }
-    dsv4_team_finish(m->team);
-    return cancelled ? dsv4_fail(err, DSV4_E_CANCELLED, "the load was cancelled") : DSV4_OK;
+    return dsv4_load_job(m, populate_job, p, &p->done, p->total, err);
 }
 
 dsv4_status dsv4_resident_finish(dsv4_model *m, const struct dsv4_shard_desc *shards, dsv4_error *err) {

@@ -118,18 +118,7 @@ static dsv4_status run_scan(dsv4_model *m, struct scan *s, dsv4_error *err) {
     for (int64_t i = 0; i < s->n; i++)
         total += (uint64_t)scale_count(s->weights[i]);
     atomic_store(&s->first_bad, s->n);
-    DSV4_TRY(dsv4_team_start(m->team, scan_job, s, err));
-    int running = 1, cancelled = 0;
-    while (running) { /* the last report comes after the work is done */
-        running = dsv4_team_wait(m->team, 50);
-        if (m->options.progress && m->options.progress(m->options.progress_arg, atomic_load(&s->done), total))
-            cancelled = 1;
-        if (running && cancelled)
-            dsv4_team_cancel(m->team);
-    }
-    dsv4_team_finish(m->team);
-    if (cancelled)
-        return dsv4_fail(err, DSV4_E_CANCELLED, "the load was cancelled");
+    DSV4_TRY(dsv4_load_job(m, scan_job, s, &s->done, total, err));
     int64_t bad = atomic_load(&s->first_bad);
     if (bad < s->n)
         return dsv4_fail(err, DSV4_E_FORMAT, "tensor %s: got a scale that is NaN, infinite, zero or negative, wanted "
