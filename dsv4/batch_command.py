@@ -64,5 +64,7 @@ def run(
         print(f"dsv4: {name}: what is done is kept; the same command goes on", file=sys.stderr)
         return 128 + end.number, None
     finally:
-        for number, handler in before.items():  # the command is about to end: with its own code
+        if stopped:  # the command is about to end, with its own code: later signals wait for ever
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number, handler in before.items():  # Python's handlers are called up to here
             signal.signal(number, signal.SIG_IGN if stopped else handler)
