@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         NonFiniteLogitsError,
     )
     from dsv4.generate import Stream
+    from dsv4.layers import Layer
     from dsv4.loading import kernel_info, load
     from dsv4.memory import Plan, plan
-    from dsv4.model import Layer, Model, Session
+    from dsv4.model import Model
     from dsv4.sampling import Sampling
     from dsv4.scheduler import Handle, Scheduler
+    from dsv4.session import Session
     from dsv4.tensors import Tensor
     from dsv4.tokenizer import Tokenizer
 
@@ -52,9 +54,9 @@ _WHERE = {
     "Event": "answer",
     "Stream": "generate",
     "TokenLogprob": "answer",
-    "Layer": "model",
+    "Layer": "layers",
     "Model": "model",
-    "Session": "model",
+    "Session": "session",
     "kernel_info": "loading",
     "load": "loading",
     "Plan": "memory",

@@ -14,9 +14,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dsv4 import _core
+from dsv4.arrays import Float32, Int32
 from dsv4.completion import CompletionSplitter, ThinkingMode
-from dsv4.model import Float32, Int32, Model, Session
+from dsv4.model import Model
 from dsv4.sampling import Sampling
+from dsv4.session import Session
 from dsv4.tokenizer import StopMatcher, StreamDecoder
 
 # tokens of a prompt whose logits come out at once: 66 MB with the published vocabulary

@@ -15,9 +15,10 @@ import numpy as np
 from dsv4.answer import Answer, Completion, Event
 from dsv4.completion import ThinkingMode, check_thinking_mode
 from dsv4.encoding import encode_messages
-from dsv4.model import Model, Session
+from dsv4.model import Model
 from dsv4.sampling import Sampling
 from dsv4.scheduler import Scheduler
+from dsv4.session import Session
 
 MAX_LIVE = 16
 # arguments of a prompt, beside those of the sampling

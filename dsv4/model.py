@@ -1,39 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models, their sessions and layers: the objects a user holds.
+"""Models: what `dsv4.load` gives, and everything else comes from.
 
 Arguments are checked here, before any work; the engine is `dsv4._core`, loading is
 `dsv4.loading`, generation `dsv4.generate`.  Source: DESIGN 3, 7.
 """
 
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsv4 import _core
+from dsv4.arrays import Float32, Int32, Logits, Prompt, check_logits, check_room
 from dsv4.checkpoint import Checkpoint
+from dsv4.layers import Layer
 from dsv4.memory import Plan, size
+from dsv4.session import CHECKPOINTS, Session, check_checkpoints
 from dsv4.tensors import Tensors
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
     from dsv4.answer import Completion
     from dsv4.generate import Stream
-
-Logits = Literal["last", "all", "none"]
-Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]]
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
-
-NOW = -1  # DSV4_NOW: the state a session is in when it is forked
-WANT = {"none": 0, "last": 1, "all": 2}
-# earlier states a session keeps: by default enough for the last two turns of a conversation
-CHECKPOINTS, MOST_CHECKPOINTS = 4, 1024
 
 
 class Model:
@@ -95,7 +85,7 @@ class Model:
         """Whether `close` was called."""
         return self._core.closed
 
-    def session(self, *, checkpoints: int = CHECKPOINTS) -> "Session":
+    def session(self, *, checkpoints: int = CHECKPOINTS) -> Session:
         """Start a session at position 0.
 
         Parameters
@@ -113,12 +103,12 @@ class Model:
         ...     session.position, logits.shape == (1, model.config.vocab_size)
         (2, True)
         """
-        return Session(self, _core.Session(self._core, _check_checkpoints(checkpoints)))
+        return Session(self, _core.Session(self._core, check_checkpoints(checkpoints)))
 
     def load_session(
         self, path: str | os.PathLike[str], *, checkpoints: int = CHECKPOINTS,
         verify: bool = False, mmap: bool = True,
-    ) -> "Session":
+    ) -> Session:
         """Continue a session that `Session.save` has written.
 
         It goes on with the same bits as the session that was saved, in any process and on any CPU;
@@ -162,7 +152,7 @@ class Model:
         """
         from dsv4 import state_file
 
-        kept = _check_checkpoints(checkpoints)
+        kept = check_checkpoints(checkpoints)
         for name, value in (("verify", verify), ("mmap", mmap)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, wanted True or False")
@@ -176,7 +166,7 @@ class Model:
         return state_file.fingerprint(self)
 
     def step(
-        self, segments: Iterable[tuple["Session", Prompt]], logits: Logits = "last"
+        self, segments: Iterable[tuple[Session, Prompt]], logits: Logits = "last"
     ) -> list[Float32 | None]:
         """Run one forward pass over several sessions at once.
 
@@ -212,7 +202,7 @@ class Model:
         ...     [x.shape[0] for x in model.step([(a, [0, 5, 6]), (b, "Hello")])]
         [1, 1]
         """
-        want = _want(logits)
+        want = check_logits(logits)
         native = []
         for i, (session, prompt) in enumerate(segments):
             name = f"segments[{i}]"
@@ -407,329 +397,3 @@ class Model:
             for name, value in self._facts()
         )
         return f"<b>dsv4.Model</b>: {escape(self.kind)}<table>{rows}</table>"
-
-
-class Session:
-    """One timeline: the tokens so far and the state that belongs to them.  Made by
-    `Model.session`.
-
-    Safe to use from several threads: the steps of one session are done one after the other.
-
-    Attributes
-    ----------
-    model : Model
-    """
-
-    def __init__(self, model: Model, core: _core.Session) -> None:
-        self.model = model
-        self._core = core
-
-    @property
-    def position(self) -> int:
-        """Tokens so far."""
-        return self._core.position
-
-    @property
-    def tokens(self) -> Int32:
-        """The tokens so far: int32 [position], a copy."""
-        return self._core.tokens(0, self._core.position)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its state now; it grows with the position."""
-        return sum(self._core.bytes)
-
-    @overload
-    def append(
-        self, prompt: Prompt, logits: Literal["last", "all"] = "last", *, special: bool = False
-    ) -> Float32: ...
-    @overload
-    def append(self, prompt: Prompt, logits: Literal["none"], *, special: bool = False) -> None: ...
-    def append(
-        self, prompt: Prompt, logits: Logits = "last", *, special: bool = False
-    ) -> Float32 | None:
-        """Append tokens and compute what follows them.
-
-        Parameters
-        ----------
-        prompt : str or sequence of int
-            Text is tokenised, with begin-of-sentence put first at position 0; ids are used as
-            they are.
-        logits : "last", "all" or "none"
-            Rows to return.
-        special : bool
-            Markers in the text become their ids; else they are text like any other.
-
-        Returns
-        -------
-        float32 [1, vocab] ("last"), [n, vocab] ("all") or None ("none")
-            Row i is what follows token i of those appended.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Ids out of range, nothing to append, more tokens than the context holds.
-        NonFiniteLogitsError
-            The weights gave NaN or infinite logits.
-
-        Notes
-        -----
-        A call that fails, or is interrupted by Ctrl-C, leaves the session as it was.
-
-        Examples
-        --------
-        >>> import dsv4
-        >>> with dsv4.load() as model:
-        ...     session = model.session()
-        ...     session.append([0, 7, 8], logits="all").shape[0], session.tokens.tolist()
-        (3, [0, 7, 8])
-        """
-        want = _want(logits)
-        position = self.position
-        ids = self.model.ids(prompt, bos=position == 0, special=special)
-        check_room(position, len(ids), self.model.config.max_position_embeddings, "prompt")
-        ((rows, _),) = self.model._core.step([(self._core, ids, want, None)], None)
-        return rows
-
-    def fork(self) -> "Session":
-        """Make a second session with the same past and a future of its own.
-
-        Nothing is copied until one of the two moves on, and then only what it writes: a fork
-        takes microseconds and, at first, no memory, however long the context is.
-
-        Returns
-        -------
-        Session
-            At the same position; it continues with the same bits as this one.
-
-        Examples
-        --------
-        >>> import dsv4
-        >>> with dsv4.load() as model:
-        ...     session = model.session()
-        ...     _ = session.append("To be, or not to be")
-        ...     other = session.fork()
-        ...     (session.append([7]) == other.append([7])).all()
-        np.True_
-        """
-        return Session(self.model, self._core.fork(NOW))
-
-    def rewind(self, position: int) -> None:
-        """Go back to an earlier position; what follows is as if the later tokens had never been.
-
-        Parameters
-        ----------
-        position : int
-            0 to the present position.
-
-        Notes
-        -----
-        Exact: continuing gives the same bits as a session that was never further.  A session
-        keeps its state from before and after each of the last appends of several tokens
-        (`Model.session` says how many): going back to one of those costs nothing.  Anywhere else
-        the tokens from the nearest earlier kept state (or from the beginning) to `position` are
-        computed again.  Interrupted or failing, the session stays where it was.
-
-        Examples
-        --------
-        >>> import dsv4
-        >>> with dsv4.load() as model:
-        ...     session = model.session()
-        ...     _ = session.append([0, 5, 6])
-        ...     first = session.append([9])
-        ...     session.rewind(3)
-        ...     session.position, (session.append([9]) == first).all()
-        (3, np.True_)
-        """
-        now = self.position
-        if isinstance(position, bool) or not isinstance(position, int | np.integer):
-            raise TypeError(f"position: got {type(position).__name__}, wanted an int")
-        if not 0 <= position <= now:
-            raise ValueError(f"position: got {position}, wanted 0 to {now}, where the session is")
-        past = self._core.fork(int(position))
-        again = self._core.tokens(past.position, int(position) - past.position)
-        if len(again):
-            self.model._core.step([(past, again, WANT["none"], None)], None)
-        self._core.swap(past)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the session to a file, for `Model.load_session`.
-
-        Parameters
-        ----------
-        path : path
-            A new file, or one to replace; a symbolic link is followed.
-
-        Raises
-        ------
-        OSError
-            It could not be written; says how many bytes are needed and free.
-        FormatError
-            There is something else than a file, or this session was loaded from a file that turns
-            out to be damaged.
-
-        Notes
-        -----
-        The file appears whole and synced or not at all: whatever happens meanwhile, the path holds
-        the old file or the new one.  It has about as many bytes as `nbytes` and says which model
-        it belongs to (a digest of its config, tensors and vocabulary, and samples of its weights).
-        The session may go on while it is written.  The states kept for `rewind` are not saved.
-
-        Examples
-        --------
-        See `Model.load_session`.
-        """
-        from dsv4 import state_file
-
-        with Session(self.model, self._core.fork(NOW)) as frozen:
-            state_file.save(frozen._core, self.model, path)
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Session cannot be pickled: it lives in its model; save() writes it to a "
-                        "file that Model.load_session reads")
-
-    def _fill(self, position: int, seed: int = 0) -> None:
-        """Move on to `position` without computing anything; for measuring long contexts.
-
-        The state becomes pseudo-random numbers of ordinary size, the same for the same seed, as
-        many bytes as `position` real tokens would leave; 3.5 KB a token for V4-Flash.  The tokens
-        become id 0.  What the model says after that means nothing, how long it takes does.
-
-        Parameters
-        ----------
-        position : int
-            Between the present position and the longest context of the model.
-        seed : int
-
-        Examples
-        --------
-        >>> import dsv4
-        >>> with dsv4.load() as model:
-        ...     session = model.session()
-        ...     session._fill(1000)
-        ...     session.append([7]).shape[0], session.position
-        (1, 1001)
-        """
-        self._core.fill(position, seed)
-
-    def close(self) -> None:
-        """Free its state now rather than with the object; twice is no error.
-
-        Raises
-        ------
-        RuntimeError
-            Another thread runs a step with it.
-        """
-        self._core.close()
-
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        try:
-            return f"<dsv4.Session at position {self.position}, {size(self.nbytes)}>"
-        except (ValueError, RuntimeError):
-            return "<dsv4.Session, closed>"
-
-
-class Layer:
-    """One layer of a model, callable on its own.
-
-    Attributes
-    ----------
-    index : int
-    kind : "SWA", "CSA" or "HCA"
-        Sliding window alone, or with compressed sparse or heavily compressed attention.
-    compress_ratio : int
-        Tokens per compressed entry; 0 for SWA.
-    """
-
-    def __init__(self, model: Model, index: int) -> None:
-        self._model = model
-        self.index = index
-        self.kind = model.config.layer_kind(index)
-        self.compress_ratio = model.config.compress_ratios[index]
-
-    def __call__(self, streams: npt.ArrayLike, token_ids: Prompt) -> Float32:
-        """Run the whole layer from position 0, with the code that runs inside a step.
-
-        Parameters
-        ----------
-        streams : float [n, hc_mult, hidden_size]
-            The residual streams; values are rounded to bf16, to nearest, ties to even.
-        token_ids : sequence of int [n]
-            Layers that route by token id use them.
-
-        Returns
-        -------
-        float32 [n, hc_mult, hidden_size]
-            Holds bf16 values.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import dsv4
-        >>> with dsv4.load() as model:
-        ...     c = model.config
-        ...     x = np.ones((3, c.hc_mult, c.hidden_size), np.float32)
-        ...     model.layers[0](x, [0, 5, 6]).shape == x.shape
-        True
-        """
-        c = self._model.config
-        values = np.asarray(streams)
-        if values.dtype.kind != "f":
-            raise TypeError(f"streams: got an array of {values.dtype}, wanted floats")
-        wanted = (c.hc_mult, c.hidden_size)
-        if values.ndim != 3 or values.shape[1:] != wanted or not len(values):
-            raise ValueError(
-                f"streams: got shape {values.shape}, wanted (n, {wanted[0]}, {wanted[1]}), n > 0")
-        ids = _core.token_ids(token_ids, "token_ids", c.vocab_size)
-        if len(ids) != len(values):
-            raise ValueError(
-                f"token_ids: got {len(ids)}, wanted one for each of the {len(values)} rows")
-        out = self._model._core.layer(self.index, to_bf16(values), ids, None)
-        return from_bf16(out)
-
-    def __repr__(self) -> str:
-        return f"<dsv4.Layer {self.index}, {self.kind}, compress ratio {self.compress_ratio}>"
-
-
-def to_bf16(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint16]:
-    """Float values as bf16 codes, rounded to nearest, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
-def from_bf16(codes: npt.NDArray[np.uint16]) -> Float32:
-    """The float32 values of bf16 codes."""
-    return (codes.astype(np.uint32) << 16).view(np.float32)
-
-
-def check_room(position: int, n: int, context: int, name: str) -> None:
-    """ValueError unless n more tokens fit into the context."""
-    if n > context - position:
-        raise ValueError(
-            f"{name}: got {n} tokens at position {position}, wanted at most {context - position}: "
-            f"the context of this model is {context}")
-
-
-def _check_checkpoints(checkpoints: object) -> int:
-    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int | np.integer):
-        raise TypeError(f"checkpoints: got {type(checkpoints).__name__}, wanted an int")
-    if not 0 <= checkpoints <= MOST_CHECKPOINTS:
-        raise ValueError(f"checkpoints: got {checkpoints}, wanted 0 to {MOST_CHECKPOINTS}")
-    return int(checkpoints)
-
-
-def _want(logits: object) -> int:
-    if not isinstance(logits, str) or logits not in WANT:
-        raise ValueError(f"logits: got {logits!r}, wanted 'last', 'all' or 'none'")
-    return WANT[logits]

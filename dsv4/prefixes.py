@@ -8,7 +8,8 @@ continues from a fork has the same bits as what was computed from the beginning.
 
 import numpy as np
 
-from dsv4.model import Int32, Session
+from dsv4.arrays import Int32
+from dsv4.session import Session
 
 # shorter beginnings are computed again: a step more costs about as much
 LEAST = 32

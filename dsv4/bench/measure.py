@@ -18,7 +18,8 @@ from dsv4 import _core
 from dsv4.bench import count, synthetic
 from dsv4.bench.limits import Limits, Rates
 from dsv4.checkpoint import Checkpoint, TensorInfo
-from dsv4.model import Model, Session
+from dsv4.model import Model
+from dsv4.session import Session
 
 LONG_ROW_SECONDS = 50.0  # a row that would take longer stops at the least number of pairs, or at
 # one that takes longer itself

@@ -18,8 +18,8 @@ import pytest
 import dsv4
 from dsv4 import _core, checksums, loading, memory
 from dsv4 import nano as nano_module
+from dsv4.arrays import from_bf16, to_bf16
 from dsv4.loading import _thread_count
-from dsv4.model import from_bf16, to_bf16
 
 MODULES = [
     name for _, name, _ in pkgutil.walk_packages(dsv4.__path__, "dsv4.")
