@@ -170,7 +170,7 @@ def gates(results: list[Result]) -> list[dict[str, Any]]:
         ]
         if ratios:
             lowest = min(ratios)
-            found.append({"gate": title, "wanted": limit, "lowest": lowest, "ok": lowest >= limit})
+            found.append({"gate": title, "wanted": limit, "lowest": float(lowest), "ok": bool(lowest >= limit)})
     return found
 
 
