@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         FormatError,
         NonFiniteLogitsError,
     )
+    from dsv4.evaluation import Evaluation, evaluate
     from dsv4.generate import Stream
     from dsv4.layers import Layer
     from dsv4.loading import kernel_info, load
@@ -50,6 +51,8 @@ _WHERE = {
     "ForkedProcessError": "errors",
     "FormatError": "errors",
     "NonFiniteLogitsError": "errors",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
     "Completion": "answer",
     "Event": "answer",
     "Stream": "generate",
@@ -75,6 +78,7 @@ __all__ = [
     "Config",
     "DeviceError",
     "EncodingError",
+    "Evaluation",
     "Event",
     "ForkedProcessError",
     "FormatError",
@@ -91,6 +95,7 @@ __all__ = [
     "TokenLogprob",
     "Tokenizer",
     "encode_messages",
+    "evaluate",
     "kernel_info",
     "load",
     "parse_completion",

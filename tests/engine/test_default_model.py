@@ -65,8 +65,8 @@ def test_the_indexer_rejects_entries_and_every_expert_is_used(
 
 def test_bits_per_byte(model: dsv4.Model) -> None:
     """All of the held-out text, official numerics."""
-    value, scored = quality.bits_per_byte(model)
-    assert scored > 40_000 and value <= quality.LIMIT
+    found = quality.measure(model)
+    assert found.tokens > 40_000 and found.bits_per_byte <= quality.LIMIT
 
 
 def test_it_writes_in_the_style_of_its_corpus(model: dsv4.Model) -> None:
