@@ -51,6 +51,7 @@ MAY_INCLUDE = {
     # the measuring door: times them on a team of its own
     "csrc/python/py_limits.c": {"csrc/python", "csrc/backend", *TABLE},
     "kernels": {"kernels/types.h", "kernels/kernels.h"},
+    "kernels/cuda": {*TABLE, "kernels/cuda"},
     "kernels/cpu": {*TABLE, "kernels/cpu/"},
     "kernels/cpu/ref": {*TABLE, "kernels/cpu/ref"},
     "kernels/cpu/ref/limits.c": {*TABLE, "kernels/cpu/limits_read.h"},
