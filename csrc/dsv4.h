@@ -151,7 +151,7 @@ dsv4_status dsv4_session_fill(dsv4_session *session, int32_t position, uint64_t 
  * the fixed state, and the rows of every store: rows lie one after another, in blocks of DSV4_STATE_BLOCK with a CRC-32C
  * each, the last one as long as there are rows.
  */
-enum { DSV4_STATE_BLOCK = 64 };
+enum { DSV4_STATE_BLOCK = 64, DSV4_STATE_PARTS = 4 };
 
 /* What a state of this model has at some position: one entry for each layer and kind (COMPRESSED, INDEX) with rows. */
 struct dsv4_store {
@@ -169,11 +169,13 @@ void dsv4_state_versions(int32_t *layout, int32_t *numerics);
 const uint8_t *dsv4_session_fixed(dsv4_session *session, uint64_t *nbytes);
 
 /*
- * Blocks [first, first + n) of one store where they lie (valid likewise), their bytes and checksums.  DSV4_E_FORMAT where
- * one that lies in a file is damaged.
+ * Blocks [first, first + n) of one store where they lie (valid likewise): their checksums, crcs [n], and their bytes, which
+ * may lie in up to DSV4_STATE_PARTS places each: data and nbytes [DSV4_STATE_PARTS n] get the *n_part places in order.
+ * DSV4_E_FORMAT where a block that lies in a file is damaged.
  */
 dsv4_status dsv4_session_blocks(dsv4_session *session, int32_t layer, int32_t kind, const uint8_t **data,
-                                uint64_t *nbytes, uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err);
+                                uint64_t *nbytes, int32_t *n_part, uint32_t *crcs, int32_t first, int32_t n,
+                                dsv4_error *err);
 
 struct dsv4_saved_rows {
     struct dsv4_store store;

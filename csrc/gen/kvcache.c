@@ -46,6 +46,7 @@ dsv4_status dsv4_kv_create(struct dsv4_kv **out, const dsv4_model *m, int32_t fi
     *kv = (struct dsv4_kv){.model = m, .first_layer = first_layer, .end_layer = end_layer};
     atomic_init(&kv->references, 1);
     kv->tokens.row_bytes = DSV4_TOKENS_PER_ROW * sizeof(int32_t);
+    kv->tokens.shift = DSV4_BLOCK_SHIFT;
     kv->layers = calloc(n, sizeof *kv->layers);
     kv->fixed = calloc(1, m->state_bytes + 64);
     if (!kv->layers || !kv->fixed) {
@@ -61,7 +62,9 @@ dsv4_status dsv4_kv_create(struct dsv4_kv **out, const dsv4_model *m, int32_t fi
         l->index_k = (float *)(void *)(kv->fixed + s->index_k);
         l->index_gate = (float *)(void *)(kv->fixed + s->index_gate);
         l->compressed.row_bytes = m->kv_row;
+        l->compressed.shift = DSV4_KV_BLOCK_SHIFT;
         l->index.row_bytes = m->index_row;
+        l->index.shift = DSV4_BLOCK_SHIFT; /* kernels score blocks of 64 */
     }
     *out = kv;
     return DSV4_OK;

@@ -28,6 +28,12 @@ enum { DSV4_KV_LAYOUT_VERSION = 1 };
 
 enum { DSV4_TOKENS_PER_ROW = 64 };
 
+/*
+ * Compressed rows lie in blocks of 16: every fork copies its last block of each layer, and with 64 rows of 584 bytes these
+ * were up to a tenth of V4-Flash's fixed state.
+ */
+enum { DSV4_KV_BLOCK_SHIFT = 4 };
+
 struct dsv4_kv {
     const dsv4_model *model; /* borrowed: the session holds the reference */
     atomic_int references;

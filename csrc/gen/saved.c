@@ -8,7 +8,8 @@
 #include "core/crc32c.h"
 #include "gen/session.h"
 
-_Static_assert((int)DSV4_STATE_BLOCK == (int)DSV4_ROWS_PER_BLOCK, "blocks of a file are blocks in memory");
+_Static_assert((int)DSV4_STATE_BLOCK == (int)DSV4_ROWS_PER_BLOCK, "blocks of a file are the pieces that rows.h maps");
+_Static_assert(DSV4_STATE_PARTS << DSV4_KV_BLOCK_SHIFT == DSV4_STATE_BLOCK, "and so many blocks in memory");
 
 int32_t dsv4_model_stores(const dsv4_model *m, int32_t position, struct dsv4_store *out) {
     int32_t n = 0;
@@ -54,8 +55,28 @@ static int32_t rows_of(const struct dsv4_kv *kv, int32_t layer, int32_t kind) {
     return has ? kv->position / l->compressor.ratio : 0;
 }
 
+/* Rows [row, end) of one block of a file: where they lie, and their checksum. */
+static uint32_t add_parts(const struct dsv4_row_store *store, int32_t row, int32_t end, const uint8_t **data,
+                          uint64_t *nbytes, int32_t *n_part) {
+    uint32_t crc = 0;
+    for (int32_t next, before = *n_part; row < end; row = next) {
+        next = ((row >> store->shift) + 1) << store->shift;
+        next = next < end ? next : end;
+        const uint8_t *rows = dsv4_row(store, row);
+        uint64_t bytes = (uint64_t)(next - row) * store->row_bytes;
+        crc = dsv4_crc32c(crc, rows, (size_t)bytes);
+        if (*n_part > before && data[*n_part - 1] + nbytes[*n_part - 1] == rows) {
+            nbytes[*n_part - 1] += bytes;
+            continue;
+        }
+        data[*n_part] = rows;
+        nbytes[(*n_part)++] = bytes;
+    }
+    return crc;
+}
+
 static dsv4_status blocks_locked(dsv4_session *s, int32_t layer, int32_t kind, const uint8_t **data, uint64_t *nbytes,
-                                 uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err) {
+                                 int32_t *n_part, uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err) {
     int32_t layers = s->model->config.num_hidden_layers;
     if (layer < 0 || layer >= layers)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer, layers);
@@ -64,21 +85,20 @@ static dsv4_status blocks_locked(dsv4_session *s, int32_t layer, int32_t kind, c
         return dsv4_fail(err, DSV4_E_ARGUMENT, "blocks of layer %d: got [%d, %lld), wanted a range within [0, %d)", layer,
                          first, (long long)first + n, blocks);
     const struct dsv4_row_store *store = store_of(s->kv, layer, kind);
+    *n_part = 0;
     for (int32_t i = 0; i < n; i++) {
         int32_t row = (first + i) * DSV4_STATE_BLOCK, end = rows < row + DSV4_STATE_BLOCK ? rows : row + DSV4_STATE_BLOCK;
         if (dsv4_rows_damaged(store, row, end) >= 0)
             return dsv4_rows_fault(DSV4_ROWS_DAMAGED, store, layer, row, err);
-        data[i] = dsv4_row(store, row);
-        nbytes[i] = (uint64_t)(end - row) * store->row_bytes;
-        crcs[i] = dsv4_crc32c(0, data[i], (size_t)nbytes[i]);
+        crcs[i] = add_parts(store, row, end, data, nbytes, n_part);
     }
     return DSV4_OK;
 }
 
 dsv4_status dsv4_session_blocks(dsv4_session *s, int32_t layer, int32_t kind, const uint8_t **data, uint64_t *nbytes,
-                                uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err) {
+                                int32_t *n_part, uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err) {
     pthread_mutex_lock(&s->lock);
-    dsv4_status status = blocks_locked(s, layer, kind, data, nbytes, crcs, first, n, err);
+    dsv4_status status = blocks_locked(s, layer, kind, data, nbytes, n_part, crcs, first, n, err);
     pthread_mutex_unlock(&s->lock);
     return status;
 }

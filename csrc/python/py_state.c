@@ -27,7 +27,7 @@ PyObject *session_fixed(SessionObject *self, PyObject *Py_UNUSED(ignored)) {
     return array_view(fixed, nbytes, (PyObject *)self);
 }
 
-enum { MOST_BLOCKS = 1024 };
+enum { MOST_BLOCKS = 256, MOST_PARTS = MOST_BLOCKS * DSV4_STATE_PARTS };
 
 PyObject *session_blocks(SessionObject *self, PyObject *args) {
     struct module_state *state = state_of(Py_TYPE(self));
@@ -38,23 +38,24 @@ PyObject *session_blocks(SessionObject *self, PyObject *args) {
         PyErr_Format(PyExc_ValueError, "n: got %d, wanted 0 to %d", n, MOST_BLOCKS);
         return NULL;
     }
-    const uint8_t *data[MOST_BLOCKS];
-    uint64_t nbytes[MOST_BLOCKS];
+    const uint8_t *data[MOST_PARTS];
+    uint64_t nbytes[MOST_PARTS];
     uint32_t crcs[MOST_BLOCKS];
     int queued;
+    int32_t parts;
     dsv4_session *session = call_enter(state, self, &queued);
     if (!session)
         return NULL;
     dsv4_error err = {0};
     dsv4_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = dsv4_session_blocks(session, layer, kind, data, nbytes, crcs, first, n, &err);
+    status = dsv4_session_blocks(session, layer, kind, data, nbytes, &parts, crcs, first, n, &err);
     Py_END_ALLOW_THREADS
     call_leave(self, queued);
     if (status)
         return raise_status(state, status, &err);
-    PyObject *views = PyList_New(n);
-    for (int i = 0; views && i < n; i++) {
+    PyObject *views = PyList_New(parts);
+    for (int i = 0; views && i < parts; i++) {
         PyObject *view = array_view(data[i], nbytes[i], (PyObject *)self);
         if (view)
             PyList_SET_ITEM(views, i, view);

@@ -55,11 +55,11 @@ static void same_rows(const struct dsv4_row_store *s, const uint8_t *want, int32
 }
 
 /* Stores that share each other's blocks and a file's, against arrays of their own. */
-static void check_copies(int32_t n, int use_mmap) {
+static void check_copies(int32_t n, int32_t shift, int use_mmap) {
     enum { STORES = 5 };
     static uint8_t want[STORES][MOST * ROW];
     uint32_t crcs[MOST / DSV4_ROWS_PER_BLOCK];
-    struct dsv4_row_store stores[STORES] = {{.row_bytes = ROW}};
+    struct dsv4_row_store stores[STORES] = {{.row_bytes = ROW, .shift = shift}};
     int32_t rows[STORES] = {n};
     int fd = temporary();
     check_fill_bytes(want[0], (size_t)n * ROW);
@@ -77,12 +77,14 @@ static void check_copies(int32_t n, int use_mmap) {
         if (a != b && turn % 3 == 0) {
             dsv4_rows_release(&stores[a]);
             stores[a].row_bytes = ROW;
+            stores[a].shift = shift;
             rows[a] = rows[b] ? (int32_t)check_below((uint32_t)rows[b] + 1) : 0;
             check_true(!dsv4_rows_share(&stores[a], &stores[b], rows[a]), "sharing");
             memcpy(want[a], want[b], (size_t)rows[a] * ROW);
             continue;
         }
         stores[a].row_bytes = ROW;
+        stores[a].shift = shift;
         int32_t first = (int32_t)check_below((uint32_t)rows[a] + 1), end = first + (int32_t)check_below(150);
         end = end < MOST ? end : MOST;
         if (first >= end)
@@ -100,7 +102,7 @@ static void check_copies(int32_t n, int use_mmap) {
     }
 }
 
-static void check_damage(void) {
+static void check_damage(int32_t shift) {
     enum { N = 200 }; /* three blocks, and eight rows more */
     uint8_t *data = calloc(N, ROW);
     uint32_t crcs[4];
@@ -108,7 +110,7 @@ static void check_damage(void) {
     for (int i = 0; i < 4; i++)
         crcs[i] = dsv4_crc32c(0, data + i * BLOCK, i < 3 ? BLOCK : 8 * ROW);
     for (int bad = 0; bad < 4; bad++) {
-        struct dsv4_row_store s = {.row_bytes = ROW}, t = {.row_bytes = ROW};
+        struct dsv4_row_store s = {.row_bytes = ROW, .shift = shift}, t = s;
         int fd = temporary();
         write_at(fd, data, N * ROW, 0);
         write_at(fd, &(uint8_t){(uint8_t)~data[bad * BLOCK + 7]}, 1, bad * BLOCK + 7);
@@ -124,6 +126,10 @@ static void check_damage(void) {
             check_true(dsv4_rows_damaged(&s, row + 63, row + 64) == row, "in every copy, again and again");
             check_true(dsv4_rows_damaged(&s, (row + 64) % 192, (row + 64) % 192 + 64) < 0, "the next one is not");
             check_true(dsv4_rows_reserve(&t, row + 5, row + 6) == DSV4_ROWS_DAMAGED, "it is not copied");
+            check_true(dsv4_rows_reserve(&t, row + 63, row + 64) == DSV4_ROWS_DAMAGED, "nor what lies in it elsewhere");
+            dsv4_rows_release(&t);
+            check_true(!dsv4_rows_share(&t, &s, row + 32), "sharing a part of it");
+            check_true(dsv4_rows_reserve(&t, row + 32, row + 33) == DSV4_ROWS_DAMAGED, "nor written beside");
             check_true(!strcmp(dsv4_rows_file(&s, row), "a file") && !dsv4_rows_file(&s, 192), "the file is named");
         }
         dsv4_rows_release(&s);
@@ -147,7 +153,7 @@ static void check_large(void) {
     write_at(fd, rows, block, (off_t)(at + (BLOCKS - 1) * block));
     struct dsv4_mapping *file = map(fd, 1);
     close(fd);
-    struct dsv4_row_store s = {.row_bytes = WIDE};
+    struct dsv4_row_store s = {.row_bytes = WIDE, .shift = DSV4_BLOCK_SHIFT};
     int32_t n = BLOCKS * DSV4_ROWS_PER_BLOCK;
     check_true(dsv4_rows_map(&s, file, at, crcs, n) == DSV4_ROWS_OK, "mapping 5 GiB");
     dsv4_mapping_release(file);
@@ -164,9 +170,11 @@ void check_rows(void) {
     for (int use_mmap = 0; use_mmap < 2; use_mmap++) {
         static const int32_t sizes[] = {0, 1, 63, 64, 65, 640, 4096, 4097, 9000};
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-            check_copies(sizes[i], use_mmap);
+            for (int32_t shift = 0; shift <= DSV4_BLOCK_SHIFT; shift += 2)
+                check_copies(sizes[i], shift, use_mmap);
     }
-    check_damage();
+    for (int32_t shift = 0; shift <= DSV4_BLOCK_SHIFT; shift++)
+        check_damage(shift);
     if (sizeof(size_t) == 8)
         check_large();
 }

@@ -32,7 +32,7 @@ from harness import (
 import dsv4
 from dsv4 import kernel_calls as kc
 
-ROWS_PER_BLOCK = 64
+KV_BLOCK, INDEX_BLOCK = 16, 64  # rows
 NAN_ID = 13
 
 
@@ -143,8 +143,9 @@ def test_state_grows_in_blocks(tiny) -> None:
             session.append(prompt(tiny, n), logits="none")
             want = 0
             for ratio in ratios:
-                blocks = -(-(session.position // ratio) // ROWS_PER_BLOCK) if ratio else 0
-                want += blocks * ROWS_PER_BLOCK * (row + (index_row if ratio == 4 else 0))
+                rows = session.position // ratio if ratio else 0
+                want += -(-rows // KV_BLOCK) * KV_BLOCK * row
+                want += -(-rows // INDEX_BLOCK) * INDEX_BLOCK * index_row * (ratio == 4)
             assert session._core.bytes == (fixed, want), session.position
         with pytest.raises(ValueError):
             session.append([0] * 4096)
