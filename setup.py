@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build logic only: one extension, `dsv4._core`; every instruction-set folder has its own flags.
+Where nvcc is found also the CUDA plugin, a shared library beside it that nothing is linked to.
 
 Environment: DSV4_DEBUG=1 (-O1, asserts on), DSV4_WERROR=1, DSV4_SANITIZE=address,undefined.
+DSV4_CUDA=1 requires the plugin, 0 leaves it out; DSV4_CUDA_ARCH="90a 120" builds it for these
+architectures alone, and by PTX for later ones if the last is a plain number.
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,8 +68,111 @@ def accepts(compiler: list[str], flags: list[str]) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+# ---- CUDA ----
+
+PLUGIN = "lib/libdsv4_cuda.so"  # beside the module; in a folder, or it would look like one
+# least CUDA architectures; code of one runs on later ones with the same first digits, but for "a"
+CUDA_ARCHS = ("80", "90a", "100", "120")
+# no multiply-adds but those that are written; division, square root and subnormals as in IEEE 754
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_WERROR = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+
+
+def find_nvcc() -> Path | None:
+    """In CUDA_HOME, on PATH, where toolkits are installed, or among NVIDIA's Python packages."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    found = [Path(home, "bin", "nvcc") for home in homes if home]
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path))
+    found.append(Path("/usr/local/cuda/bin/nvcc"))
+    # an isolated build does not see the packages of the environment it is for
+    for folder in [*sys.path, sysconfig.get_path("platlib")]:
+        found += sorted(Path(folder or ".", "nvidia").glob("cu*/bin/nvcc"), reverse=True)
+    return next((nvcc for nvcc in found if os.access(nvcc, os.X_OK)), None)
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """The architectures to build for: those asked for, or those of ours that nvcc knows."""
+    if asked := re.findall(r"[^\s,;]+", os.environ.get("DSV4_CUDA_ARCH", "")):
+        if bad := [arch for arch in asked if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
+            raise SystemExit(f"DSV4_CUDA_ARCH: got {bad[0]!r}, wanted numbers as in '90a 120'")
+        return asked
+    command = [str(nvcc), "--list-gpu-code"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch.rstrip('a')}" in listed]
+
+
+def cuda_targets(archs: list[str]) -> tuple[list[str], str]:
+    """Flags of nvcc, and the same in words."""
+    flags, last = [], archs[-1]
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    words = " ".join(f"sm_{arch}" for arch in archs)
+    if last.isdecimal():
+        flags += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
+        words += " and later"
+    return flags, words
+
+
+def build_plugin(nvcc: Path, temp: Path, target: Path) -> None:
+    """Compiles kernels/cuda, one file per processor, and links the plugin."""
+    archs, words = cuda_targets(cuda_archs(nvcc))
+    flags = [*CUDA_FLAGS, *archs, f'-DDSV4_CUDA_BUILT_FOR="{words}"', "-I.", "-Ikernels"]
+    if os.environ.get("DSV4_WERROR") == "1":
+        flags += CUDA_WERROR
+    temp.mkdir(parents=True, exist_ok=True)
+    stamp = temp / "flags.txt"  # objects of other flags are of no use
+    if not stamp.exists() or stamp.read_text() != repr([str(nvcc), *flags]):
+        for old in temp.glob("*.o"):
+            old.unlink()
+        stamp.write_text(repr([str(nvcc), *flags]))
+    headers = [*Path("kernels").glob("*.h"), *Path("kernels/cuda").glob("*.*h")]
+    newest = max(p.stat().st_mtime for p in headers)
+
+    def compile_one(source: Path) -> Path:
+        made = temp / f"{source.stem}.o"
+        if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
+            subprocess.run([nvcc, *flags, "-c", source, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, sorted(Path("kernels/cuda").glob("*.cu"))))
+    # NVIDIA's Python packages have no lib64, where nvcc looks; the runtime is linked statically
+    library = ["-L", nvcc.resolve().parents[1] / "lib"]
+    target.parent.mkdir(exist_ok=True)
+    link = [nvcc, "-shared", "--cudart", "static", *library, *objects, "-o", target]
+    subprocess.run(link, check=True)
+
+
 class BuildExt(build_ext):
     """Compiles every source with the flags of its folder, in parallel, and links one module."""
+
+    def run(self) -> None:
+        super().run()
+        wanted = os.environ.get("DSV4_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"DSV4_CUDA: got {wanted!r}, wanted 0 or 1")
+        self.plugin_path().unlink(missing_ok=True)  # of an earlier build
+        nvcc = None if wanted == "0" else find_nvcc()
+        if nvcc is None and wanted == "1":
+            raise SystemExit(
+                "DSV4_CUDA=1: found no nvcc on PATH, in CUDA_HOME, in /usr/local/cuda or among "
+                "NVIDIA's Python packages; install a CUDA toolkit, or the extra `cuda` of dsv4")
+        if nvcc is None:
+            return
+        try:
+            build_plugin(nvcc, Path(self.build_temp, "cuda"), self.plugin_path())
+        except subprocess.CalledProcessError as error:
+            if wanted == "1":
+                raise SystemExit(f"DSV4_CUDA=1: {error}") from None
+            self.warn(f"the CUDA plugin is left out, dsv4 will run on CPUs: {error}")
+
+    def plugin_path(self) -> Path:
+        return Path(self.get_ext_fullpath("dsv4._core")).parent / PLUGIN
+
+    def get_outputs(self) -> list[str]:
+        made = super().get_outputs()
+        return [*made, str(self.plugin_path())] if self.plugin_path().exists() else made
 
     def build_extension(self, ext: Extension) -> None:
         import numpy

@@ -406,6 +406,11 @@ def _info(args: argparse.Namespace) -> int:
         print(f"  {name}")
         for key, value in machine[name].items():
             print(f"    {key:<22} {value}")
+    print(f"  cuda\n    {'state':<22} {machine['cuda']['state']}")
+    if machine["cuda"]["built"]:
+        print(f"    {'plugin':<22} {machine['cuda']['built']}")
+    for i, device in enumerate(machine["cuda"]["devices"]):
+        print(f"    {f'device {i}':<22} {device['text']}")
     return 0
 
 
@@ -441,7 +446,7 @@ def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
 def _machine_facts() -> dict[str, Any]:
     from importlib.metadata import version
 
-    from dsv4 import _core
+    from dsv4 import _core, devices
 
     versions = {"dsv4": dsv4.__version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("numpy", "tokenizers")}
@@ -450,6 +455,7 @@ def _machine_facts() -> dict[str, Any]:
         "versions": versions,
         "cpu": {name: "yes" if has else "no" for name, has in _core.cpu_sets()},
         "kernels": dsv4.kernel_info(),
+        "cuda": devices.find().as_dict(),
     }
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv4 import _core, hub
+from dsv4 import _core, devices, hub
 from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.config import Config
-from dsv4.errors import BackendUnavailable, FormatError
+from dsv4.errors import FormatError
 from dsv4.files import Folder
 from dsv4.memory import check_bytes, fitting, plan
 from dsv4.model import Model
@@ -46,8 +46,9 @@ def load(
     path : path or str, optional
         A checkpoint folder, or a hub id such as "deepseek-ai/DeepSeek-V4-Flash".  Without it, the
         small model inside the package.
-    device : "auto" or "cpu"
-        Where it runs.
+    device : "auto", "cpu" or "cuda"
+        Where it runs.  "auto" uses the CPU where there is no usable GPU, and `repr` of the model
+        says why.
     threads : int, optional
         Threads of its team; by default DSV4_NUM_THREADS, then OMP_NUM_THREADS, then one per
         physical core this process may use.  It changes the speed, never a bit of the results.
@@ -85,7 +86,7 @@ def load(
     MemoryError
         It does not fit; says what is needed, what is free and what would fit.
     BackendUnavailable
-        The device is not available.
+        The device is not available: says why, and what to do.
     ValueError, TypeError
         An argument out of range.
 
@@ -155,22 +156,19 @@ def _options(
     device: object, threads: object, numerics: object, mmap: object, april_kv: object,
     april_shared: object,
 ) -> dict[str, Any]:
-    if device == "cuda":
-        raise BackendUnavailable(
-            "device: got 'cuda', but this build runs on CPUs only; use device='cpu' or 'auto'")
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device: got {device!r}, wanted 'auto' or 'cpu'")
     if not isinstance(numerics, str) or numerics not in NUMERICS:
         raise ValueError(f"numerics: got {numerics!r}, wanted 'official' or 'weights'")
     flags = {"mmap": mmap, "april_kv": april_kv, "april_shared": april_shared}
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    n_thread = _thread_count(threads)
+    _, why_cpu = devices.choose(device)
     return dict(
         numerics=NUMERICS[numerics], april_kv=int(april_kv is True),
-        april_shared=int(april_shared is True), n_thread=_thread_count(threads), chunk_tok=0,
+        april_shared=int(april_shared is True), n_thread=n_thread, chunk_tok=0,
         use_mmap=int(mmap is True), expert_bytes=0,
-        copy_to_nodes=0,
+        copy_to_nodes=0, why_cpu=why_cpu,
         disable=os.environ.get("DSV4_CPU_DISABLE") or None,
     )
 

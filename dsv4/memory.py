@@ -62,6 +62,8 @@ class Plan:
     device : str
     memory : int or None
         Bytes it may use; None: as many as it needs.
+    gpu_memory : int or None
+        Bytes of the GPU it may use, for device "cuda"; None: as many as it needs.
     """
 
     config: Config
@@ -72,6 +74,7 @@ class Plan:
     batch: int
     device: str
     memory: int | None = None
+    gpu_memory: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -127,6 +130,35 @@ class Plan:
         return rest + min(MARGIN, rest // 16)
 
     @property
+    def places(self) -> dict[str, dict[str, int]]:
+        """Bytes by place and part, for device "cuda": the GPU has all but the routed experts that
+        `gpu_memory` leaves no room for and the draft blocks, which are not run."""
+        if self.device != "cuda":
+            return {}
+        weights = self.weights
+        kept = weights["routed experts"] * self.experts_on_gpu // self.experts
+        gpu = {
+            "weights each token reads": self.always_read, "embedding": weights["embedding"],
+            "routed experts": kept, "state": self.state_bytes, "workspace": self.workspace,
+        }
+        return {"gpu": gpu, "host": {"routed experts": weights["routed experts"] - kept}}
+
+    @property
+    def experts_on_gpu(self) -> int:
+        """Routed experts that `gpu_memory` has room for beside all else."""
+        if self.device != "cuda":
+            return 0
+        if self.gpu_memory is None:
+            return self.experts
+        each = -(-self.weights["routed experts"] // self.experts)
+        return max(0, min(self.experts, (self.gpu_memory - self.gpu_always) // each))
+
+    @property
+    def gpu_always(self) -> int:
+        """Bytes that are on the GPU whatever `gpu_memory` is."""
+        return self.always_read + self.weights["embedding"] + self.state_bytes + self.workspace
+
+    @property
     def disk_per_token(self) -> tuple[int, int]:
         """Bytes read from disk for one token: on average if all experts are chosen equally often,
         and at most."""
@@ -163,6 +195,8 @@ class Plan:
             workspace=self.workspace, total=self.total, memory=self.memory, resident=self.resident,
             always_read=self.always_read, experts=self.experts,
             experts_in_memory=self.experts_in_memory, disk_per_token=list(self.disk_per_token),
+            **(dict(gpu_memory=self.gpu_memory, experts_on_gpu=self.experts_on_gpu,
+                    places=self.places) if self.device == "cuda" else {}),
         )
 
     def _disk_rows(self) -> list[tuple[str, int]]:
@@ -185,13 +219,17 @@ class Plan:
         rows += [("workspace", self.workspace), (f"total ({self.device})", self.total)]
         if self.memory is not None:
             rows += [("memory to use", self.memory), *self._disk_rows()]
+        for place, parts in self.places.items():
+            rows += [(f"on the {place}", sum(parts.values())), *_indented(parts)]
+        if self.experts_on_gpu < self.experts and self.device == "cuda":
+            rows += [("GPU memory to use", self.gpu_memory or 0)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {size(n):>10}" for name, n in rows)
 
 
 def plan(
     path: str | os.PathLike[str] | Config, context: int | None = None, batch: int = 1,
-    device: str = "cpu", *, memory: int | None = None,
+    device: str = "cpu", *, memory: int | None = None, gpu_memory: int | None = None,
     workspace: Callable[[Config, int], int] | None = None,
 ) -> Plan:
     """Count the bytes a model needs, without reading a weight.
@@ -210,13 +248,15 @@ def plan(
     memory : int, optional
         Bytes it may use.  If it needs more, the plan says how many routed experts stay in memory
         and how much is read from disk; without it, all is counted as in memory.
+    gpu_memory : int, optional
+        Bytes of the GPU it may use, with device "cuda".  `Plan.places` says what lies where.
     workspace : function of (Config, batch), optional
         Bytes of a step's intermediate values; `step_workspace` by default.
 
     Raises
     ------
     ValueError
-        For a context, batch, device or memory out of range.
+        For a context, batch, device, memory or gpu_memory out of range.
     FormatError
         If the folder is not a valid checkpoint.
 
@@ -239,10 +279,14 @@ def plan(
         memory = check_bytes(memory, "memory")
     if device not in DEVICES:
         raise ValueError(f"device: got {device!r}, wanted one of {', '.join(DEVICES)}")
+    if gpu_memory is not None:
+        gpu_memory = check_bytes(gpu_memory, "gpu_memory")
+        if device != "cuda":
+            raise ValueError(f"gpu_memory: got {gpu_memory} with device={device!r}, wanted 'cuda'")
     return Plan(
         config=config, weights=weights, state=state_bytes(config, context),
         workspace=(workspace or step_workspace)(config, batch), context=context, batch=batch,
-        device=device, memory=memory,
+        device=device, memory=memory, gpu_memory=gpu_memory,
     )
 
 

@@ -65,6 +65,7 @@ class Model:
         self.path = checkpoint.folder
         self.kind = checkpoint.kind
         self.numerics = "weights" if options["numerics"] else "official"
+        self._why_cpu: str | None = options["why_cpu"]
         self.plan = needs
         self.generation_config = dict(defaults)
         self.version: Literal["v4", "0731"] = "0731" if checkpoint.draft == "dspark" else "v4"
@@ -375,6 +376,7 @@ class Model:
             *self._kept(),
             ("runs on", f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, "
                         f"{self.numerics} numerics"),
+            *([("not on a GPU", self._why_cpu)] if self._why_cpu else []),
         ]
 
     def _kept(self) -> list[tuple[str, str]]:

@@ -429,7 +429,7 @@ def _opened(
     progress: Callable[[int, int], object] | None = None,
 ) -> Iterator[tuple[_core.Model, Checkpoint]]:
     """A folder in the engine, without its text files and whatever memory there is."""
-    options = _options("auto", None, numerics, True, False, False) | {"disable": disable or None}
+    options = _options("cpu", None, numerics, True, False, False) | {"disable": disable or None}
     with Checkpoint.open(folder) as checkpoint:
         yield engine(checkpoint, options, progress), checkpoint
 

@@ -37,6 +37,7 @@ TABLE = {"kernels/kernels.h", "kernels/types.h", "kernels/functions.h", "kernels
 MAY_INCLUDE = {
     "csrc/core": {"csrc/core"},
     "csrc/backend": {"csrc/core", "csrc/backend"},
+    "csrc/backend/cuda.h": {"csrc/core", "kernels/cuda/plugin.h"},
     "csrc/io": {"csrc/core", "csrc/io", "csrc/dsv4.h"},
     "csrc/model": {"csrc/core", "csrc/backend", "csrc/io", "csrc/model", "csrc/gen/kvcache.h",
                    "csrc/dsv4.h", *TABLE},

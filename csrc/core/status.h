@@ -15,6 +15,8 @@ typedef enum dsv4_status {
     DSV4_E_CANCELLED = -5, /* dsv4_run_cancel was called; nothing changed */
     DSV4_E_NONFINITE = -6, /* a logit is NaN or infinite; dsv4_error.layer says where it began */
     DSV4_E_STATE = -7,     /* the object cannot do this now: closed, or used in a forked child */
+    DSV4_E_UNAVAILABLE = -8, /* a device that this machine or this build does not have */
+    DSV4_E_DEVICE = -9,    /* a device failed: what lies on it is lost */
 } dsv4_status;
 
 typedef struct dsv4_error {

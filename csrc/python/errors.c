@@ -61,6 +61,12 @@ PyObject *raise_status(const struct module_state *state, dsv4_status status,
     case DSV4_E_STATE:
         class = PyExc_RuntimeError;
         break;
+    case DSV4_E_UNAVAILABLE:
+        class = state->unavailable_error;
+        break;
+    case DSV4_E_DEVICE:
+        class = state->device_error;
+        break;
     }
     PyErr_SetObject(class, message);
     Py_DECREF(message);

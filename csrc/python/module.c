@@ -6,7 +6,6 @@
 #include "module.h"
 #include "py_dlpack.h"
 #include "py_kernels.h"
-#include "py_trace.h"
 
 static int add_type(PyObject *module, PyTypeObject **slot, PyType_Spec *spec) {
     *slot = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
@@ -31,11 +30,6 @@ static int module_exec(PyObject *module) {
         Py_XDECREF(phases);
         return -1;
     }
-    PyObject *values = value_names();
-    if (!values || PyModule_AddObject(module, "VALUES", values) < 0) {
-        Py_XDECREF(values);
-        return -1;
-    }
     int32_t layout, numerics;
     dsv4_state_versions(&layout, &numerics);
     if (PyModule_AddIntConstant(module, "STATE_LAYOUT", layout) < 0 ||
@@ -48,8 +42,13 @@ static int module_exec(PyObject *module) {
     state->format_error = PyObject_GetAttrString(errors, "FormatError");
     state->nonfinite_error = PyObject_GetAttrString(errors, "NonFiniteLogitsError");
     state->forked_error = PyObject_GetAttrString(errors, "ForkedProcessError");
+    state->unavailable_error = PyObject_GetAttrString(errors, "BackendUnavailable");
+    state->device_error = PyObject_GetAttrString(errors, "DeviceError");
     Py_DECREF(errors);
-    return state->format_error && state->nonfinite_error && state->forked_error ? 0 : -1;
+    return state->format_error && state->nonfinite_error && state->forked_error &&
+                   state->unavailable_error && state->device_error
+               ? 0
+               : -1;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
@@ -60,6 +59,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->format_error);
     Py_VISIT(state->nonfinite_error);
     Py_VISIT(state->forked_error);
+    Py_VISIT(state->unavailable_error);
+    Py_VISIT(state->device_error);
     return 0;
 }
 
@@ -71,6 +72,8 @@ static int module_clear(PyObject *module) {
     Py_CLEAR(state->format_error);
     Py_CLEAR(state->nonfinite_error);
     Py_CLEAR(state->forked_error);
+    Py_CLEAR(state->unavailable_error);
+    Py_CLEAR(state->device_error);
     return 0;
 }
 
@@ -98,6 +101,12 @@ static PyMethodDef module_methods[] = {
      PyDoc_STR("load_session(model, most_kept, file, use_mmap, ids, fixed, rows, /)\n--\n\n"
                "A session whose rows lie in a file (name, descriptor, size): [((layer, kind, rows, "
                "row bytes), offset, CRC-32C of the blocks), ...].")},
+    {"devices", devices_function, METH_VARARGS,
+     PyDoc_STR("devices(plugin, driver, /)\n--\n\n"
+               "(CUDA version, architectures the plugin has code for, [(name, major, minor, "
+               "multiprocessors, total bytes, free bytes,\n"
+               "why it cannot be used or None), ...]) of the plugin at a path, with a driver library "
+               "of that name.")},
     {"crc32c", checksum_function, METH_VARARGS,
      PyDoc_STR("crc32c(data, value, /)\n--\n\nLike zlib.crc32, of the Castagnoli polynomial.")},
     {NULL, NULL, 0, NULL},

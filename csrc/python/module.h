@@ -22,7 +22,8 @@
 
 struct module_state {
     PyTypeObject *model_type, *session_type, *sampler_type;  /* owned */
-    PyObject *format_error, *nonfinite_error, *forked_error; /* owned: classes of dsv4.errors */
+    /* owned: classes of dsv4.errors */
+    PyObject *format_error, *nonfinite_error, *forked_error, *unavailable_error, *device_error;
 };
 
 /* The state of the module that made a type of ours (none of them can be subclassed). */
@@ -125,6 +126,9 @@ int fields_from_dict(void *out, const struct field *fields, size_t n, PyObject *
 /* _core.logprobs, a function of the module: log-softmax of rows of logits. */
 PyObject *logprobs_function(PyObject *module, PyObject *args);
 
+/* _core.devices, a function of the module: what the CUDA plugin finds (py_device.c). */
+PyObject *devices_function(PyObject *module, PyObject *args);
+
 /* ---- errors ---- */
 
 /* Sets the exception of a failed status (never DSV4_OK) and returns NULL. */
@@ -140,11 +144,6 @@ int convert_init(void);
 /* A new C-contiguous array of undefined contents; *data is its first element.  NULL with an
  * exception set. */
 PyObject *array_new(enum array_type type, int rank, const int64_t *shape, void **data);
-
-/* The data of a writeable C-contiguous array of exactly this shape, for a call to fill; -1 in shape
- * matches any length, which is then stored there.  The caller holds the array.  NULL with an
- * exception set. */
-void *array_out(PyObject *array, const char *name, enum array_type type, int rank, int64_t *shape);
 
 /* A read-only uint8 view of memory that lives as long as `owner`. */
 PyObject *array_view(const void *data, uint64_t nbytes, PyObject *owner);

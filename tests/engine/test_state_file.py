@@ -144,9 +144,9 @@ computed, step = [], model._core
 class Counting:
     def __getattr__(self, name):
         return getattr(step, name)
-    def step(self, segments, seconds):
+    def step(self, segments, probe):
         computed.append(sum(len(ids) for _, ids, _, _ in segments))
-        return step.step(segments, seconds)
+        return step.step(segments, probe)
 out = {}
 for path in sys.argv[2:]:
     session = model.load_session(path)

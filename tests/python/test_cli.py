@@ -112,7 +112,6 @@ def test_info(
     (["generate", "a", "--max-new-tokens", "0"], 2, "max_new_tokens: got 0"),
     (["generate", ""], 2, "PROMPT"),
     (["generate", "a", "--model", "/no/such"], 1, "'/no/such'"),
-    (["generate", "a", "--device", "cuda"], 1, "CPUs only"),
     (["generate", "a", "--threads", "0"], 1, "threads: got 0"),
     (["generate", "a", "--chat", "--thinking", "--reasoning-effort", "huge"], 1, "huge"),
     (["info", "/no/such"], 1, "/no/such"),

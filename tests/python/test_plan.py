@@ -106,11 +106,32 @@ def test_table_and_dict(config):
         (dict(context=0), "context: got 0"), (dict(context=(1 << 20) + 1), "context"),
         (dict(context=True), "context"), (dict(context=1.5), "context"),
         (dict(batch=0), "batch"), (dict(batch=-1), "batch"), (dict(device="tpu"), "device"),
+        (dict(gpu_memory=1 << 30), "wanted 'cuda'"),
+        (dict(device="cuda", gpu_memory=0), "gpu_memory: got 0"),
     ],
 )
 def test_bad_arguments(config, arguments, words):
     with pytest.raises(ValueError, match=words):
         plan(config("flash"), **arguments)
+
+
+def test_places_of_a_gpu(config):
+    """V4-Flash on one card: all but routed experts, of which as many as there is room for."""
+    c = config("flash")
+    whole = plan(c, context=4096, device="cuda")
+    assert whole.experts_on_gpu == whole.experts == 43 * 256
+    assert sum(whole.places["host"].values()) == 0
+    assert sum(whole.places["gpu"].values()) == whole.total - whole.weights["draft"]
+    each = whole.weights["routed experts"] // whole.experts
+    card = plan(c, context=4096, device="cuda", gpu_memory=whole.gpu_always + 1000 * each + 5)
+    assert card.experts_on_gpu == 1000
+    assert sum(card.places["gpu"].values()) == card.gpu_memory - 5
+    assert card.places["host"]["routed experts"] == (card.experts - 1000) * each
+    assert plan(c, context=4096, device="cuda", gpu_memory=1 << 20).experts_on_gpu == 0
+    told = json.loads(json.dumps(card.as_dict()))
+    assert told["experts_on_gpu"] == 1000 and told["places"] == card.places
+    assert "on the gpu" in str(card) and "on the host" in str(card)
+    assert plan(c, context=4096).places == {} and "places" not in plan(c, context=4096).as_dict()
 
 
 def test_too_little_memory_names_the_three_numbers(config):

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plugin's one exported symbol, and the CUDA runtime as the engine sees it (runtime.h).
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "plugin.h"
+
+// DSV4_CUDA_BUILT_FOR: the architectures of this build, a string (setup.py)
+
+// Loaded to learn whether this file holds code for a device; never run.
+__global__ void dsv4_cuda_probe(void) {}
+
+static int device_count(int32_t *n) {
+    int found = 0; // the runtime leaves it as it is without a driver
+    cudaError_t code = cudaGetDeviceCount(&found);
+    *n = code == cudaSuccess ? found : 0;
+    return code;
+}
+
+static int properties(struct dsv4_cuda_properties *out, int32_t device) {
+    cudaDeviceProp found;
+    cudaError_t code = cudaGetDeviceProperties(&found, device);
+    if (code != cudaSuccess)
+        return code;
+    memset(out, 0, sizeof *out);
+    static_assert(sizeof out->name == sizeof found.name, "names of devices");
+    memcpy(out->name, found.name, sizeof out->name); // ends with 0
+    out->major = found.major;
+    out->minor = found.minor;
+    out->multiprocessors = found.multiProcessorCount;
+    out->total_bytes = found.totalGlobalMem;
+    return 0;
+}
+
+static int prepare(int32_t device) {
+    cudaFuncAttributes attributes;
+    cudaError_t code = cudaSetDevice(device);
+    return code != cudaSuccess ? code : cudaFuncGetAttributes(&attributes, dsv4_cuda_probe);
+}
+
+static int free_bytes(uint64_t *out) {
+    size_t free = 0, total = 0;
+    cudaError_t code = cudaMemGetInfo(&free, &total);
+    *out = free;
+    return code;
+}
+
+static const char *error_name(int code) {
+    return cudaGetErrorName((cudaError_t)code);
+}
+
+static const char *error_text(int code) {
+    return cudaGetErrorString((cudaError_t)code);
+}
+
+extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
+    static const struct dsv4_cuda_plugin plugin = {
+        DSV4_CUDA_ABI,
+        sizeof(struct dsv4_cuda_plugin),
+        CUDART_VERSION,
+        DSV4_CUDA_BUILT_FOR,
+        {device_count, properties, prepare, free_bytes, error_name, error_text},
+    };
+    return &plugin;
+}

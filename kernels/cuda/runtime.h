@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the engine needs of the CUDA runtime, as a table of functions: it includes no CUDA header and links to no CUDA
+ * library.  Every function that returns int returns 0 or a cudaError_t; the loader (csrc/backend/cuda.c) turns that into
+ * a sentence.  Plain C, and C++ for the .cu files.
+ */
+#ifndef DSV4_CUDA_RUNTIME_H
+#define DSV4_CUDA_RUNTIME_H
+
+#include <stdint.h>
+
+struct dsv4_cuda_properties {
+    char name[256];
+    int32_t major, minor;    /* architecture, "compute capability" */
+    int32_t multiprocessors;
+    uint64_t total_bytes;    /* memory of the device */
+};
+
+struct dsv4_cuda_runtime {
+    int (*device_count)(int32_t *n); /* *n is 0 on failure */
+    int (*properties)(struct dsv4_cuda_properties *out, int32_t device);
+    /* Whether the plugin has code for this device; makes it the current device of the calling thread. */
+    int (*prepare)(int32_t device);
+    int (*free_bytes)(uint64_t *out); /* of the current device */
+    const char *(*error_name)(int code);
+    const char *(*error_text)(int code);
+};
+
+#endif
