@@ -234,6 +234,49 @@ uint32_t dsv4_checksum(uint32_t crc, const void *data, size_t nbytes);
 enum dsv4_logits { DSV4_LOGITS_NONE = 0, DSV4_LOGITS_LAST = 1, DSV4_LOGITS_ALL = 2 };
 
 /*
+ * Internals of a layer that a step copies for those who ask, f32 unless said otherwise, one row for each token of a
+ * segment.  d = hidden_size, H = heads, D = head_dim; values the model holds as bf16 are widened.
+ */
+enum dsv4_value {
+    DSV4_V_STREAMS_IN,  /* [hc_mult][d] residual streams before the layer */
+    DSV4_V_STREAMS_MID, /* [hc_mult][d] between its attention and its experts */
+    DSV4_V_STREAMS,     /* [hc_mult][d] after it */
+    DSV4_V_ATTENTION_PRE, DSV4_V_ATTENTION_POST, DSV4_V_ATTENTION_COMB, /* [hc], [hc], [hc][hc] hyper-connections (SPEC 2.2) */
+    DSV4_V_FFN_PRE, DSV4_V_FFN_POST, DSV4_V_FFN_COMB,
+    DSV4_V_ATTENTION_IN, DSV4_V_ATTENTION_OUT, DSV4_V_FFN_IN, DSV4_V_FFN_OUT, /* [d] what a sublayer reads, normed, and gives */
+    DSV4_V_KV,                /* [D] the row of the window, rounded as it is kept */
+    DSV4_V_KV_COMPRESSED,     /* [D] one row for each entry that closes in the segment; layers with compression */
+    DSV4_V_KV_INDEX,          /* [index_head_dim] likewise; layers with an indexer, like the next two */
+    DSV4_V_INDEX_SCORES,      /* [width] of the entries, ascending ids; NaN where there are none, or all are selected unseen */
+    DSV4_V_INDEX_SELECTED,    /* i32 [index_topk] ascending, padded with -1 */
+    DSV4_V_ATTENTION_WEIGHTS, /* [H][1 + sliding_window + width]: see csrc/model/attention_weights.c */
+    DSV4_V_HEADS,             /* [H][D] what the heads give, before the output projection */
+    DSV4_V_EXPERTS,           /* i32 [num_experts_per_tok] in the order of choice */
+    DSV4_V_EXPERT_WEIGHTS,    /* [num_experts_per_tok] */
+    DSV4_V_ROUTER_SCORES,     /* [n_routed_experts] before the bias */
+    DSV4_VALUES
+};
+
+/* The shape of a row; its last dimension grows by the width. */
+struct dsv4_value_shape {
+    int32_t integer; /* i32, else f32 */
+    int32_t rank;
+    int64_t dims[2]; /* with width 0 */
+    int32_t per_entry; /* one row for each entry, not for each token */
+    int32_t widens;    /* entries a row needs beyond dims: 0, or as many as are visible to the segment's last token */
+};
+extern const char *const dsv4_value_names[DSV4_VALUES];
+/* 1, or 0 where the layer has no such value (or there is no such layer or value). */
+int dsv4_model_value(const dsv4_model *model, int32_t layer, int32_t value, struct dsv4_value_shape *out);
+
+/* Where a value goes: `rows` rows as above one after another; the first is that of the segment's first token. */
+struct dsv4_tap {
+    void *out;     /* NULL: not asked for */
+    int64_t rows;
+    int32_t width; /* 0 unless the value widens */
+};
+
+/*
  * ids are appended to the session.  logits receives [vocab] (LAST) or [n][vocab] (ALL) f32, or is NULL with NONE.  A
  * sampler, if given, samples the token that follows the last row (logits may still be NONE); it is not appended.
  */
@@ -245,6 +288,7 @@ struct dsv4_segment {
     struct dsv4_sample *sample; /* result of the sampler */
     int32_t n;
     int32_t want; /* enum dsv4_logits */
+    const struct dsv4_tap *taps; /* [layers][DSV4_VALUES], or NULL; undefined contents when the step fails */
 };
 
 /* Where the time of a step goes, as its first worker sees it; the first four are linear layers by weight format. */
@@ -254,23 +298,8 @@ enum dsv4_phase {
 };
 
 /*
- * Copies of one layer's internals during a step, for tests and research: every pointer may be NULL, row i belongs to
- * token i in the order of the segments.
- */
-struct dsv4_probe {
-    int32_t layer;           /* -1: none */
-    float *seconds;          /* [DSV4_PHASES], all layers and the head; written when the step ends */
-    uint16_t *streams;       /* [n][hc_mult][hidden_size] bf16, after the layer */
-    uint16_t *attention;     /* [n][hidden_size] bf16, output of the attention site before it is spread */
-    uint16_t *ffn;           /* [n][hidden_size] bf16, output of the MoE site */
-    int32_t *experts;        /* [n][num_experts_per_tok] */
-    float *expert_weights;   /* [n][num_experts_per_tok] */
-    int32_t *index_selected; /* [n][index_topk] ascending, padded with -1; layers without indexer: all -1 */
-};
-
-/*
- * Starts a step and returns at once; the segments, what they point to and the probe (may be NULL) must live until
- * dsv4_run_finish.  Waits for a step of another thread on the same model, in order of arrival.  A session may occur in
+ * Starts a step and returns at once; the segments, what they point to and `seconds` must live until dsv4_run_finish.
+ * seconds, [DSV4_PHASES] or NULL, is written when the step ends.  Waits for a step of another thread on the same model, in order of arrival.  A session may occur in
  * one segment only.  Atomic: a step that fails or is cancelled leaves every session as it was.  Long segments are cut
  * into passes of at most dsv4_model_chunk() tokens.
  *
@@ -280,15 +309,15 @@ struct dsv4_probe {
  *     status = dsv4_run_finish(run, err);
  */
 dsv4_status dsv4_step_start(dsv4_run **out, dsv4_model *model, struct dsv4_segment *segments, int32_t n_segment,
-                            const struct dsv4_probe *probe, dsv4_error *err);
+                            float *seconds, dsv4_error *err);
 
 /*
  * Starts one whole layer alone, from position 0 with a state of its own: streams_in [n][hc_mult][hidden_size] bf16 ->
- * streams_out likewise; token_ids [n] are used by hash layers.  The same code as inside a step.
+ * streams_out likewise; token_ids [n] are used by hash layers; taps as in a segment.  The same code as inside a step.
  */
 dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *model, int32_t layer, uint16_t *streams_out,
                              const uint16_t *streams_in, const int32_t *token_ids, int32_t n,
-                             const struct dsv4_probe *probe, dsv4_error *err);
+                             const struct dsv4_tap *taps, dsv4_error *err);
 
 int dsv4_run_wait(dsv4_run *run, int milliseconds); /* 1: still running after that time; 0: done */
 void dsv4_run_cancel(dsv4_run *run);                /* tiles poll it: the run ends within about a tile's time */

@@ -14,6 +14,11 @@ _Sample = tuple[int, float, int, list[tuple[int, float]]]
 
 # where the time of a step goes: linear layers by weight format, ..., waiting for other threads
 PHASES: tuple[str, ...]
+# what a step can copy of a layer: enum dsv4_value
+VALUES: tuple[str, ...]
+
+# (layer, index in VALUES, array that receives one row for each token or entry)
+_Tap = tuple[int, int, npt.NDArray[Any]]
 
 # of saved states: versions of what they hold, and rows of a block
 STATE_LAYOUT: int
@@ -43,8 +48,11 @@ class Model:
     def closed(self) -> bool: ...
     def step(
         self,
-        segments: Sequence[tuple[Session, Any, int, Sampler | None]],
-        probe: dict[str, Any] | None,
+        segments: Sequence[
+            tuple[Session, Any, int, Sampler | None]
+            | tuple[Session, Any, int, Sampler | None, Sequence[_Tap] | None]
+        ],
+        seconds: npt.NDArray[np.float32] | None,
         /,
     ) -> list[tuple[npt.NDArray[np.float32] | None, _Sample | None]]: ...
     def layer(
@@ -52,9 +60,13 @@ class Model:
         layer: int,
         streams: npt.NDArray[np.uint16],
         ids: Any,
-        probe: dict[str, Any] | None,
+        trace: Sequence[_Tap] | None,
         /,
     ) -> npt.NDArray[np.uint16]: ...
+    # int32 rather than float32, shape of a row, a row for each entry, grows by visible entries
+    def value(
+        self, layer: int, value: int, /
+    ) -> tuple[bool, tuple[int, ...], bool, bool] | None: ...
     def kernels(self, /) -> list[tuple[str, str]]: ...
     def tensor(self, name: str, /) -> npt.NDArray[np.uint8]: ...
     def close(self, /) -> None: ...

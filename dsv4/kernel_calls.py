@@ -45,7 +45,7 @@ class HcPreArgs(Structure):
         ("x", c_void_p), ("post", c_void_p), ("comb", c_void_p), ("streams", c_void_p),
         ("dots", c_void_p), ("scale", c_void_p), ("base", c_void_p), ("hc", c_int32),
         ("d_model", c_int32), ("sinkhorn_iters", c_int32), ("norm_eps", c_float),
-        ("hc_eps", c_float),
+        ("hc_eps", c_float), ("pre", c_void_p),
     ]
 
 

@@ -152,6 +152,7 @@ struct dsv4_hc_pre_args {
     const float *base;        /* like dots */
     int32_t hc, d_model, sinkhorn_iters; /* hc <= 8 */
     float norm_eps, hc_eps;
+    float *pre;               /* [hc] or NULL: receives pre */
 };
 typedef void dsv4k_hc_pre_fn(const struct dsv4_hc_pre_args *a);
 

@@ -10,13 +10,14 @@
 #include "gen/session.h"
 #include "model/experts.h"
 #include "model/pass.h"
+#include "model/sites.h"
 
 /* What a run has allocated; the model keeps the last run for the next step, so decoding allocates nothing. */
 struct kept {
     struct dsv4_piece *pieces;   /* [chunk], like the next four */
     struct dsv4_wanted *wanted;
     int32_t *ids, *positions, *piece_of;
-    int32_t *row0;               /* [capacity] first probe row of each segment */
+    struct dsv4_asked *asked;    /* [layers] */
     dsv4_session **order;        /* [capacity] */
     int32_t capacity;            /* segments */
 };
@@ -26,7 +27,7 @@ struct dsv4_run {
     struct kept kept;              /* owned */
     struct dsv4_segment *segments; /* borrowed; NULL for a layer run alone */
     int32_t n_segment, n_locked, n_saved;
-    const struct dsv4_probe *probe;
+    float *seconds;                /* borrowed, or NULL */
     struct dsv4_clock clock;
     atomic_int bad_layer;
     struct dsv4_damage damage;
@@ -41,13 +42,15 @@ struct dsv4_run {
     const uint16_t *streams_in;
     uint16_t *streams_out;
     const int32_t *token_ids;
+    const struct dsv4_tap *taps;
 };
 
 /* ---------------------------------------------------------------------------------------------- planning the passes */
 
-static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const int32_t *ids, int32_t n, int32_t position, int32_t row) {
+static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const int32_t *ids, int32_t n, int32_t position,
+                      const struct dsv4_tap *taps, int32_t row) {
     struct dsv4_pass *p = &r->pass;
-    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, row};
+    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, taps, row};
     for (int32_t i = 0; i < n; i++) {
         r->kept.ids[p->n_tok + i] = ids[i];
         r->kept.positions[p->n_tok + i] = position + i;
@@ -80,22 +83,23 @@ static int plan_pass(dsv4_run *r) {
     if (!r->segments) {
         int32_t n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
         if (n > 0)
-            add_piece(r, r->kv, r->token_ids + r->offset, n, r->offset, r->offset);
+            add_piece(r, r->kv, r->token_ids + r->offset, n, r->offset, r->taps, r->offset);
         r->offset += n;
+        p->asked = dsv4_sites_asked(p, r->kept.asked);
         return n > 0;
     }
     while (r->segment < r->n_segment && p->n_tok < chunk) {
         const struct dsv4_segment *s = &r->segments[r->segment];
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
         want_rows(r, s, r->offset, n, p->n_tok);
-        add_piece(r, s->session->kv, s->ids + r->offset, n, s->session->kv->position + r->offset,
-                  r->kept.row0[r->segment] + r->offset);
+        add_piece(r, s->session->kv, s->ids + r->offset, n, s->session->kv->position + r->offset, s->taps, r->offset);
         r->offset += n;
         if (r->offset == s->n) {
             r->segment++;
             r->offset = 0;
         }
     }
+    p->asked = dsv4_sites_asked(p, r->kept.asked);
     return p->n_tok > 0;
 }
 
@@ -193,7 +197,7 @@ void dsv4_run_free(dsv4_run *r) {
     free(r->kept.ids);
     free(r->kept.positions);
     free(r->kept.piece_of);
-    free(r->kept.row0);
+    free(r->kept.asked);
     free(r->kept.order);
     free(r);
 }
@@ -220,7 +224,8 @@ static dsv4_run *run_allocate(const dsv4_model *m) {
     r->kept.ids = calloc(chunk, sizeof *r->kept.ids);
     r->kept.positions = calloc(chunk, sizeof *r->kept.positions);
     r->kept.piece_of = calloc(chunk, sizeof *r->kept.piece_of);
-    if (r->kept.pieces && r->kept.wanted && r->kept.ids && r->kept.positions && r->kept.piece_of)
+    r->kept.asked = calloc((size_t)m->config.num_hidden_layers, sizeof *r->kept.asked);
+    if (r->kept.pieces && r->kept.wanted && r->kept.ids && r->kept.positions && r->kept.piece_of && r->kept.asked)
         return r;
     dsv4_run_free(r);
     return NULL;
@@ -229,18 +234,16 @@ static dsv4_run *run_allocate(const dsv4_model *m) {
 static int reserve_segments(struct kept *kept, int32_t n) {
     if (n <= kept->capacity)
         return 0;
-    int32_t *row0 = realloc(kept->row0, (size_t)n * sizeof *row0);
-    kept->row0 = row0 ? row0 : kept->row0;
     dsv4_session **order = realloc(kept->order, (size_t)n * sizeof(*order));
     kept->order = order ? order : kept->order;
-    if (!row0 || !order)
+    if (!order)
         return 1;
     kept->capacity = n;
     return 0;
 }
 
-static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_probe *probe,
-                              struct dsv4_segment *segments, int32_t n_segment, dsv4_error *err) {
+static dsv4_status run_create(dsv4_run **out, dsv4_model *m, float *seconds, struct dsv4_segment *segments,
+                              int32_t n_segment, dsv4_error *err) {
     dsv4_run *r = atomic_exchange(&m->spare, NULL);
     if (!r)
         r = run_allocate(m);
@@ -249,13 +252,13 @@ static dsv4_status run_create(dsv4_run **out, dsv4_model *m, const struct dsv4_p
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a step of %d segments", n_segment);
     }
     atomic_fetch_add(&m->references, 1); /* the sessions may go before the run has been put away */
-    *r = (dsv4_run){.model = m, .kept = r->kept, .segments = segments, .n_segment = n_segment, .probe = probe};
+    *r = (dsv4_run){.model = m, .kept = r->kept, .segments = segments, .n_segment = n_segment, .seconds = seconds};
     atomic_init(&r->bad_layer, INT_MAX);
     atomic_init(&r->damage.found, 0);
     r->pass = (struct dsv4_pass){
         .m = m, .ws = m->workspace, .pieces = r->kept.pieces, .ids = r->kept.ids, .positions = r->kept.positions,
-        .piece_of = r->kept.piece_of, .end_layer = m->config.num_hidden_layers, .probe = probe,
-        .clock = probe && probe->seconds ? &r->clock : NULL, .wanted = r->kept.wanted, .unread = -1,
+        .piece_of = r->kept.piece_of, .end_layer = m->config.num_hidden_layers, .clock = seconds ? &r->clock : NULL,
+        .wanted = r->kept.wanted, .unread = -1,
         .bad_layer = &r->bad_layer, .damage = &r->damage,
     };
     *out = r;
@@ -266,7 +269,6 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
     for (int32_t i = 0; i < r->n_segment; i++)
         DSV4_TRY(check_segment(r->model, &r->segments[i], i, err));
     DSV4_TRY(lock_sessions(r, err));
-    int32_t row = 0;
     for (int32_t i = 0; i < r->n_segment; i++) {
         struct dsv4_segment *s = &r->segments[i];
         DSV4_TRY(check_room(s, err));
@@ -274,18 +276,10 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
             dsv4_session_keep_locked(s->session);
         DSV4_TRY(dsv4_kv_own(&s->session->kv, err));
         DSV4_TRY(dsv4_kv_reserve(s->session->kv, s->n, err));
-        r->kept.row0[i] = row;
-        row += s->n;
+        DSV4_TRY(dsv4_sites_check(r->model, s->taps, s->session->kv->position, s->n, err));
     }
     for (int32_t i = 0; i < r->n_segment; i++, r->n_saved++)
         DSV4_TRY(dsv4_kv_save(r->segments[i].session->kv, r->segments[i].n, err));
-    return DSV4_OK;
-}
-
-static dsv4_status check_probe(const dsv4_model *m, const struct dsv4_probe *probe, dsv4_error *err) {
-    if (probe && (probe->layer < -1 || probe->layer >= m->config.num_hidden_layers))
-        return dsv4_fail(err, DSV4_E_ARGUMENT, "probe: got layer %d, wanted one in [-1, %d)", probe->layer,
-                         m->config.num_hidden_layers);
     return DSV4_OK;
 }
 
@@ -326,12 +320,11 @@ static dsv4_status launch(dsv4_run *r, dsv4_error *err) {
 }
 
 dsv4_status dsv4_step_start(dsv4_run **out, dsv4_model *m, struct dsv4_segment *segments, int32_t n_segment,
-                            const struct dsv4_probe *probe, dsv4_error *err) {
+                            float *seconds, dsv4_error *err) {
     dsv4_run *r;
     if (n_segment < 1)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "segments: got none, wanted at least one");
-    DSV4_TRY(check_probe(m, probe, err));
-    DSV4_TRY(run_create(&r, m, probe, segments, n_segment, err));
+    DSV4_TRY(run_create(&r, m, seconds, segments, n_segment, err));
     dsv4_status status = prepare_sessions(r, err);
     if (status == DSV4_OK)
         status = launch(r, err);
@@ -345,7 +338,7 @@ dsv4_status dsv4_step_start(dsv4_run **out, dsv4_model *m, struct dsv4_segment *
 
 dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint16_t *streams_out,
                              const uint16_t *streams_in, const int32_t *token_ids, int32_t n,
-                             const struct dsv4_probe *probe, dsv4_error *err) {
+                             const struct dsv4_tap *taps, dsv4_error *err) {
     dsv4_run *r;
     if (layer < 0 || layer >= m->config.num_hidden_layers)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer,
@@ -357,11 +350,12 @@ dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint1
         if (token_ids[i] < 0 || token_ids[i] >= m->config.vocab_size)
             return dsv4_fail(err, DSV4_E_ARGUMENT, "token_ids: got %d at %d, wanted ids in [0, %d)", token_ids[i], i,
                              m->config.vocab_size);
-    DSV4_TRY(check_probe(m, probe, err));
-    DSV4_TRY(run_create(&r, m, probe, NULL, 0, err));
+    DSV4_TRY(dsv4_sites_check(m, taps, 0, n, err));
+    DSV4_TRY(run_create(&r, m, NULL, NULL, 0, err));
     r->streams_in = streams_in;
     r->streams_out = streams_out;
     r->token_ids = token_ids;
+    r->taps = taps;
     r->n_tok = n;
     r->pass.first_layer = layer;
     r->pass.end_layer = layer + 1;
@@ -417,7 +411,7 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
     dsv4_status status = DSV4_OK;
     dsv4_team_finish(r->model->team);
     for (int i = 0; r->pass.clock && i < DSV4_PHASES; i++)
-        r->probe->seconds[i] = (float)r->clock.seconds[i];
+        r->seconds[i] = (float)r->clock.seconds[i];
     if (r->cancelled) {
         status = dsv4_fail(err, DSV4_E_CANCELLED, "the step was cancelled; every session is as it was");
     } else if (r->pass.unread >= 0) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The attention sublayer (SPEC 3): projections, rope, compressed entries, the ordered key list, grouped output. */
 #include "model/pass.h"
+#include "model/sites.h"
 
 /* Everything that reads the normed input: one phase, one barrier.  Without scores nobody asks for their head weights. */
 static int project_input(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int scored) {
@@ -59,6 +60,10 @@ static int norm_and_store(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4
     if (l->kind != DSV4_SWA)
         dsv4_close_windows(w, p, layer);
     DSV4_SYNC_TOKENS(w, p);
+    if (dsv4_asked(p, layer, DSV4_SITE_KV)) /* of a single token all workers have the row, the first its entries */
+        for (int64_t t = lo; t < hi; t++)
+            dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_KV, .layer = layer, .tok = (int32_t)t,
+                                               .row = b->kv_rows + (size_t)t * p->m->kv_row});
     return 0;
 }
 
@@ -145,15 +150,22 @@ static int attend(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *
             k->rope(q + (ptrdiff_t)(h + 1) * hd - rope, cos_of(p, l, t), sin_of(p, l, t), rope / 2, 0);
         }
         int32_t n_key = list_keys(p, dsv4_prepared(w, p)->kv_rows, l, layer, t, keys);
-        dsv4_lap(w, p, DSV4_PHASE_OTHER);
-        k->attention(&(struct dsv4_attention_args){
+        struct dsv4_attention_args a = {
             .out = o, .q = q, .keys = keys, .sink = l->sink + h0, .scratch = dsv4_scratch(w, p, p->ws->at_kernel),
             .n_key = n_key, .n_head = h1 - h0, .d_head = hd, .d_rope = rope, .scale = p->m->softmax_scale,
             .format = p->m->kv_format,
-        });
+        };
+        if (dsv4_asked(p, layer, DSV4_SITE_KEYS))
+            dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_KEYS, .layer = layer, .tok = (int32_t)t, .h0 = h0,
+                                               .keys = keys, .attention = &a});
+        dsv4_lap(w, p, DSV4_PHASE_OTHER);
+        k->attention(&a);
         dsv4_lap(w, p, DSV4_PHASE_ATTENTION);
         for (int32_t h = 0; h < h1 - h0; h++)
             k->rope(o + (ptrdiff_t)(h + 1) * hd - rope, cos_of(p, l, t), sin_of(p, l, t), rope / 2, 1);
+        if (dsv4_asked(p, layer, DSV4_SITE_HEADS))
+            dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_HEADS, .layer = layer, .tok = (int32_t)t, .h0 = h0,
+                                               .n = h1 - h0, .x = o});
         k->act_flush(o, o, (h1 - h0) * hd);
     }
     DSV4_SYNC(w, p);

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "model/pass.h"
+#include "model/sites.h"
 
 /* Embedding rows into every stream, and cos and sin of every token for both tables. */
 static int enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
@@ -64,30 +65,6 @@ void dsv4_clock_add(struct dsv4_clock *clock, enum dsv4_phase phase) {
     clock->last = now;
 }
 
-void dsv4_probe_rows(const dsv4_worker *w, const struct dsv4_pass *p, void *to, const void *from, size_t row_bytes) {
-    int64_t lo, hi;
-    if (!to)
-        return;
-    dsv4_share(w, p->n_tok, 1, &lo, &hi);
-    for (int64_t t = lo; t < hi; t++) {
-        const struct dsv4_piece *piece = &p->pieces[p->piece_of[t]];
-        size_t row = (size_t)(piece->probe_row + (t - piece->first_tok));
-        memcpy((uint8_t *)to + row * row_bytes, (const uint8_t *)from + (size_t)t * row_bytes, row_bytes);
-    }
-}
-
-static void probe_selection(const dsv4_worker *w, const struct dsv4_pass *p, int csa) {
-    int32_t topk = p->m->config.index_topk;
-    int64_t lo, hi;
-    if (!p->probe->index_selected)
-        return;
-    dsv4_share(w, p->n_tok, 1, &lo, &hi);
-    for (int64_t t = lo; t < hi; t++)
-        for (int32_t i = csa ? p->ws->n_selected[t] : 0; i < topk; i++)
-            p->ws->selected[t * topk + i] = -1;
-    dsv4_probe_rows(w, p, p->probe->index_selected, p->ws->selected, (size_t)topk * sizeof(int32_t));
-}
-
 /* Reports the first layer whose streams are not finite. */
 static void diagnose(const dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     int64_t size = (int64_t)p->m->config.hc_mult * p->m->config.hidden_size, lo, hi;
@@ -103,31 +80,24 @@ static void diagnose(const dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
 }
 
 static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
-    const struct dsv4_layer *l = &p->m->layers[i];
-    size_t row = (size_t)p->m->config.hidden_size * sizeof(dsv4_bf16);
-    if (dsv4_collapse(w, p, &l->hc_attn, l->attn_norm) || dsv4_attention(w, p, i))
+    if (dsv4_asked(p, i, DSV4_SITE_STREAMS_IN) && dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS_IN))
         return 1;
-    if (dsv4_probed(p, i)) {
-        DSV4_SYNC(w, p);
-        dsv4_probe_rows(w, p, p->probe->attention, p->ws->y, row);
-        probe_selection(w, p, l->kind == DSV4_CSA);
-    }
+    if (dsv4_collapse(w, p, i, 0) || dsv4_attention(w, p, i))
+        return 1;
+    if (dsv4_asked(p, i, DSV4_SITE_ATTENTION_OUT) && dsv4_at_columns(w, p, i, DSV4_SITE_ATTENTION_OUT))
+        return 1;
     dsv4_spread(w, p);
     DSV4_SYNC(w, p);
-    if (dsv4_collapse(w, p, &l->hc_ffn, l->ffn_norm) || dsv4_moe(w, p, i))
+    if (dsv4_asked(p, i, DSV4_SITE_STREAMS_MID) && dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS_MID))
         return 1;
-    if (dsv4_probed(p, i)) {
-        const struct dsv4_prepared *b = dsv4_prepared(w, p);
-        size_t top_k = (size_t)p->m->config.num_experts_per_tok;
-        DSV4_SYNC(w, p);
-        dsv4_probe_rows(w, p, p->probe->ffn, p->ws->y, row);
-        dsv4_probe_rows(w, p, p->probe->experts, b->expert_ids, top_k * sizeof(int32_t));
-        dsv4_probe_rows(w, p, p->probe->expert_weights, b->expert_weights, top_k * sizeof(float));
-    }
+    if (dsv4_collapse(w, p, i, 1) || dsv4_moe(w, p, i))
+        return 1;
+    if (dsv4_asked(p, i, DSV4_SITE_FFN_OUT) && dsv4_at_columns(w, p, i, DSV4_SITE_FFN_OUT))
+        return 1;
     dsv4_spread(w, p);
     DSV4_SYNC(w, p);
-    if (dsv4_probed(p, i))
-        dsv4_probe_rows(w, p, p->probe->streams, p->ws->streams, row * (size_t)p->m->config.hc_mult);
+    if (dsv4_asked(p, i, DSV4_SITE_STREAMS) && dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS))
+        return 1;
     if (p->diagnose)
         diagnose(w, p, i);
     return 0;

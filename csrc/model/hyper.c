@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The hyper-connection sites around a sublayer (SPEC 2.2, 2.3): collapse the streams, spread the output. */
 #include "model/pass.h"
+#include "model/sites.h"
 
 /* streams -> post, comb and the normed input u, as operands in u_plain and, with official numerics, u_quant. */
-int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_hyper *h, const float *norm) {
+int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int ffn) {
+    const struct dsv4_layer *l = &p->m->layers[layer];
+    const struct dsv4_hyper *h = ffn ? &l->hc_ffn : &l->hc_attn;
+    const enum dsv4_site mix = ffn ? DSV4_SITE_FFN_MIX : DSV4_SITE_ATTENTION_MIX;
+    const enum dsv4_site in = ffn ? DSV4_SITE_FFN_IN : DSV4_SITE_ATTENTION_IN;
     const struct dsv4_config *c = &p->m->config;
     const struct dsv4_kernels *k = &p->m->k;
     struct dsv4_workspace *ws = p->ws;
@@ -24,12 +29,19 @@ int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_hyper *
     dsv4_share_tokens(w, p, &lo, &hi);
     for (int64_t t = lo; t < hi && !dsv4_cancelled(w); t++) {
         dsv4_bf16 *u = b->u + t * d;
+        float pre[DSV4_MOST_STREAMS];
         k->hc_pre(&(struct dsv4_hc_pre_args){
             .x = u, .post = b->post + t * hc, .comb = b->comb + t * hc * hc, .streams = ws->streams + t * hc * d,
             .dots = ws->dots + t * mixes, .scale = h->scale, .base = h->base, .hc = hc, .d_model = d,
             .sinkhorn_iters = c->hc_sinkhorn_iters, .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps,
+            .pre = dsv4_asked(p, layer, mix) ? pre : NULL,
         });
-        k->rmsnorm(u, u, norm, d, c->rms_norm_eps);
+        if (dsv4_asked(p, layer, mix))
+            dsv4_at(w, p, &(struct dsv4_sight){.site = mix, .layer = layer, .tok = (int32_t)t, .pre = pre,
+                                               .post = b->post + t * hc, .comb = b->comb + t * hc * hc});
+        k->rmsnorm(u, u, ffn ? l->ffn_norm : l->attn_norm, d, c->rms_norm_eps);
+        if (dsv4_asked(p, layer, in))
+            dsv4_at(w, p, &(struct dsv4_sight){.site = in, .layer = layer, .tok = (int32_t)t, .x = u});
         if (p->m->options.numerics == DSV4_OFFICIAL)
             k->act_quant(b->u_quant + t * d, NULL, NULL, u, d);
         k->act_flush(b->u_plain + t * d, u, d);

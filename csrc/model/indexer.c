@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "model/pass.h"
+#include "model/sites.h"
 
 /* Entries visible to token t of the pass: those whose window has closed, its own included (SPEC 3.7). */
 static int32_t visible(const struct dsv4_pass *p, int64_t t, int32_t ratio) {
@@ -55,10 +56,20 @@ static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int6
     dsv4_lap(w, p, DSV4_PHASE_INDEXER);
 }
 
-static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, const float *scores) {
+static void selected(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t) {
+    if (dsv4_asked(p, layer, DSV4_SITE_INDEX_SELECTED))
+        dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_INDEX_SELECTED, .layer = layer, .tok = (int32_t)t,
+                                           .ids = p->ws->selected + t * p->m->config.index_topk,
+                                           .n_ids = &p->ws->n_selected[t]});
+}
+
+static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, float *scores) {
     const struct dsv4_config *c = &p->m->config;
     int32_t *ids = p->ws->selected + t * c->index_topk;
     int32_t n = visible(p, t, p->m->layers[layer].compressor.ratio);
+    if (dsv4_asked(p, layer, DSV4_SITE_INDEX_SCORES))
+        dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_INDEX_SCORES, .layer = layer, .tok = (int32_t)t,
+                                           .scores = scores, .n = n > c->index_topk ? n : 0});
     if (n > c->index_topk) {
         n = p->m->k.top_k(ids, scores, n, c->index_topk, dsv4_scratch(w, p, p->ws->at_top_k));
         dsv4_lap(w, p, DSV4_PHASE_INDEXER);
@@ -67,12 +78,14 @@ static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t laye
             ids[i] = i;
     }
     p->ws->n_selected[t] = n;
+    selected(w, p, layer, t);
 }
 
 /* Whether every worker's part of n entries has room for what keep_best leaves there: parts differ by up to a block, and
- * the last block may hold a single entry. */
-static int parts_hold(const dsv4_worker *w, const struct dsv4_pass *p, int32_t n) {
-    return n / w->n >= 2 * (p->m->config.index_topk + DSV4_ROWS_PER_BLOCK);
+ * the last block may hold a single entry.  Scores that are asked for must all be left. */
+static int parts_hold(const dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int32_t n) {
+    return n / w->n >= 2 * (p->m->config.index_topk + DSV4_ROWS_PER_BLOCK) &&
+           !dsv4_asked(p, layer, DSV4_SITE_INDEX_SCORES);
 }
 
 /* A worker's part of a token's scores: the best index_topk are moved to its front, their ids behind them.  Nothing else
@@ -89,7 +102,8 @@ static void keep_best(dsv4_worker *w, const struct dsv4_pass *p, float *scores, 
 }
 
 /* The best of what keep_best left; equal scores keep the order of their ids. */
-static void select_kept(dsv4_worker *w, const struct dsv4_pass *p, int32_t n, int64_t t, const float *scores) {
+static void select_kept(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int32_t n, int64_t t,
+                        const float *scores) {
     int32_t k = p->m->config.index_topk, *ids = p->ws->selected + t * k;
     float *kept = dsv4_scratch(w, p, p->ws->at_scores);
     int32_t *kept_ids = (int32_t *)(void *)(kept + (size_t)w->n * (size_t)k);
@@ -104,6 +118,7 @@ static void select_kept(dsv4_worker *w, const struct dsv4_pass *p, int32_t n, in
     p->ws->n_selected[t] = p->m->k.top_k(ids, kept, w->n * k, k, dsv4_scratch(w, p, p->ws->at_top_k));
     for (int32_t i = 0; i < k; i++)
         ids[i] = kept_ids[ids[i]];
+    selected(w, p, layer, t);
     dsv4_lap(w, p, DSV4_PHASE_INDEXER);
 }
 
@@ -118,16 +133,16 @@ static int select_together(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
         dsv4_share(w, n, DSV4_ROWS_PER_BLOCK, &lo, &hi);
         if (n > topk)
             score(w, p, layer, t, (int32_t)lo, (int32_t)hi, scores);
-        if (parts_hold(w, p, n) && !dsv4_cancelled(w))
+        if (parts_hold(w, p, layer, n) && !dsv4_cancelled(w))
             keep_best(w, p, scores, (int32_t)lo, (int32_t)hi);
     }
     DSV4_SYNC(w, p);
     dsv4_share(w, p->n_tok, 1, &lo, &hi);
     for (int64_t t = lo; t < hi; t++) {
-        const float *scores = p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity;
+        float *scores = p->ws->shared_scores + (size_t)t * (size_t)p->ws->score_capacity;
         int32_t n = visible(p, t, ratio);
-        if (parts_hold(w, p, n))
-            select_kept(w, p, n, t, scores);
+        if (parts_hold(w, p, layer, n))
+            select_kept(w, p, layer, n, t, scores);
         else
             select_token(w, p, layer, t, scores);
     }

@@ -5,6 +5,7 @@
  */
 #include "model/experts.h"
 #include "model/pass.h"
+#include "model/sites.h"
 
 static void hash_ids(const struct dsv4_layer *l, int32_t token, int32_t top_k, int32_t *out) {
     for (int32_t j = 0; j < top_k; j++) {
@@ -19,7 +20,7 @@ static void hash_ids(const struct dsv4_layer *l, int32_t token, int32_t top_k, i
     }
 }
 
-static int route(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
+static int route(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int32_t layer) {
     const struct dsv4_config *c = &p->m->config;
     struct dsv4_workspace *ws = p->ws;
     struct dsv4_prepared *b = dsv4_prepared(w, p);
@@ -39,6 +40,11 @@ static int route(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l
             .forced = l->tid2eid ? forced : NULL, .n_exp = n_exp, .top_k = top_k,
             .route_scale = c->routed_scaling_factor,
         });
+        if (dsv4_asked(p, layer, DSV4_SITE_ROUTER))
+            dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_ROUTER, .layer = layer, .tok = (int32_t)t,
+                                               .ids = b->expert_ids + t * top_k,
+                                               .weights = b->expert_weights + t * top_k,
+                                               .scores = b->router_scores + t * n_exp, .n = n_exp});
     }
     DSV4_SYNC_TOKENS(w, p);
     return 0;
@@ -168,7 +174,7 @@ static void down(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l
 
 int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     const struct dsv4_layer *l = &p->m->layers[layer];
-    if (route(w, p, l))
+    if (route(w, p, l, layer))
         return 1;
     if (w->id == 0 || p->n_tok == 1)
         group_rows(p, dsv4_prepared(w, p));

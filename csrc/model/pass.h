@@ -19,7 +19,8 @@ struct dsv4_piece {
     int32_t first_tok; /* index of its first token in the pass */
     int32_t n;
     int32_t position;  /* of its first token in the session */
-    int32_t probe_row; /* row of its first token in the probe's arrays */
+    const struct dsv4_tap *taps; /* [layers][DSV4_VALUES] what is copied of it, or NULL */
+    int32_t row;       /* of its first token in the segment, so in the taps */
 };
 
 /* A logits row that somebody wants. */
@@ -106,7 +107,7 @@ struct dsv4_pass {
     const int32_t *positions;        /* [n_tok] */
     const int32_t *piece_of;         /* [n_tok] */
     int32_t first_layer, end_layer;
-    const struct dsv4_probe *probe;  /* or NULL */
+    const struct dsv4_asked *asked;  /* [layers] what pieces ask of sites (model/sites.h); NULL: nothing */
     struct dsv4_clock *clock;        /* or NULL */
     struct dsv4_wanted *wanted;
     int32_t n_wanted;
@@ -174,7 +175,7 @@ dsv4_status dsv4_workspace_reserve(struct dsv4_workspace *ws, const dsv4_model *
 /* forward.c: embedding (unless the streams are already there), layers, head. */
 int dsv4_forward(dsv4_worker *w, struct dsv4_pass *p, int embed);
 /* hyper.c */
-int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_hyper *h, const float *norm);
+int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int ffn);
 /* This worker's columns of ws->y into the streams, in place; nobody else reads those columns of ws->y. */
 void dsv4_spread(dsv4_worker *w, struct dsv4_pass *p);
 /* attention.c: u_* -> this worker's columns of ws->y */
@@ -223,12 +224,6 @@ static inline void dsv4_operand_of(const dsv4_model *m, const struct dsv4_weight
 
 static inline void *dsv4_scratch(const dsv4_worker *w, const struct dsv4_pass *p, size_t at) {
     return (uint8_t *)p->ws->scratch[w->id] + at;
-}
-
-/* Copies a worker's share of rows into a probe's array. */
-void dsv4_probe_rows(const dsv4_worker *w, const struct dsv4_pass *p, void *to, const void *from, size_t row_bytes);
-static inline int dsv4_probed(const struct dsv4_pass *p, int32_t layer) {
-    return p->probe && p->probe->layer == layer;
 }
 
 #endif

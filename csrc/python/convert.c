@@ -33,6 +33,28 @@ PyObject *array_new(enum array_type type, int rank, const int64_t *shape, void *
     return array;
 }
 
+void *array_out(PyObject *object, const char *name, enum array_type type, int rank,
+                int64_t *shape) {
+    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != numpy_type[type] ||
+        PyArray_NDIM((PyArrayObject *)object) != rank ||
+        !PyArray_ISCARRAY((PyArrayObject *)object)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: wanted a writeable contiguous array of %s with %d dimensions", name,
+                     type_name[type], rank);
+        return NULL;
+    }
+    PyArrayObject *array = (PyArrayObject *)object;
+    for (int i = 0; i < rank; i++) {
+        if (shape[i] >= 0 && shape[i] != PyArray_DIM(array, i)) {
+            PyErr_Format(PyExc_ValueError, "%s: dimension %d is %zd long, wanted %lld", name, i,
+                         (Py_ssize_t)PyArray_DIM(array, i), (long long)shape[i]);
+            return NULL;
+        }
+        shape[i] = PyArray_DIM(array, i);
+    }
+    return PyArray_DATA(array);
+}
+
 PyObject *array_view(const void *data, uint64_t nbytes, PyObject *owner) {
     npy_intp dims[1] = {(npy_intp)nbytes};
     /* NumPy wants a mutable pointer; without NPY_ARRAY_WRITEABLE it never writes through it. */

@@ -6,6 +6,7 @@
 #include "module.h"
 #include "py_dlpack.h"
 #include "py_kernels.h"
+#include "py_trace.h"
 
 static int add_type(PyObject *module, PyTypeObject **slot, PyType_Spec *spec) {
     *slot = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
@@ -28,6 +29,11 @@ static int module_exec(PyObject *module) {
                                      "indexer", "other", "wait");
     if (!phases || PyModule_AddObject(module, "PHASES", phases) < 0) {
         Py_XDECREF(phases);
+        return -1;
+    }
+    PyObject *values = value_names();
+    if (!values || PyModule_AddObject(module, "VALUES", values) < 0) {
+        Py_XDECREF(values);
         return -1;
     }
     int32_t layout, numerics;

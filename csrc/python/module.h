@@ -145,6 +145,11 @@ int convert_init(void);
  * exception set. */
 PyObject *array_new(enum array_type type, int rank, const int64_t *shape, void **data);
 
+/* The data of a writeable C-contiguous array of exactly this shape, for a call to fill; -1 in shape
+ * matches any length, which is then stored there.  The caller holds the array.  NULL with an
+ * exception set. */
+void *array_out(PyObject *array, const char *name, enum array_type type, int rank, int64_t *shape);
+
 /* A read-only uint8 view of memory that lives as long as `owner`. */
 PyObject *array_view(const void *data, uint64_t nbytes, PyObject *owner);
 

@@ -4,6 +4,7 @@
  * py_step.c.
  */
 #include "py_step.h"
+#include "py_trace.h"
 
 #include <string.h>
 #include <unistd.h>
@@ -360,17 +361,24 @@ static PyObject *model_closed(ModelObject *self, void *Py_UNUSED(closure)) {
 
 static PyMethodDef model_methods[] = {
     {"step", (PyCFunction)(void (*)(void))model_step, METH_VARARGS,
-     PyDoc_STR("step($self, segments, probe, /)\n--\n\n"
-               "One forward pass over [(session, ids, want, sampler or None), ...].\n\n"
+     PyDoc_STR("step($self, segments, seconds, /)\n--\n\n"
+               "One forward pass over [(session, ids, want, sampler or None[, trace]), ...].\n\n"
                "want is 0 (no logits), 1 (last row) or 2 (all rows).  Returns [(float32 [rows, "
                "vocab] or None, sample or\n"
-               "None), ...].  probe is None or a dict: `layer` (-1: none), and the names of the "
-               "internals to copy,\n"
-               "whose values become arrays; `seconds` becomes the time spent by PHASES.")},
+               "None), ...].  trace is None or [(layer, index in VALUES, array), ...], each of "
+               "which receives one row for\n"
+               "each token (entry) as `value` says.  seconds is None or float32 [len(PHASES)], "
+               "which receives the time spent.")},
     {"layer", (PyCFunction)(void (*)(void))model_layer, METH_VARARGS,
-     PyDoc_STR("layer($self, layer, streams, ids, probe, /)\n--\n\n"
+     PyDoc_STR("layer($self, layer, streams, ids, trace, /)\n--\n\n"
                "One layer alone from position 0: uint16 bf16 codes [n, hc_mult, hidden_size] in "
                "and out.")},
+    {"value", (PyCFunction)(void (*)(void))model_value, METH_VARARGS,
+     PyDoc_STR("value($self, layer, value, /)\n--\n\n"
+               "Rows of a traced value: (int32 rather than float32, shape of a row, one for each "
+               "entry rather than\n"
+               "token, last dimension grows by the visible entries); None where the layer has "
+               "none.")},
     {"kernels", (PyCFunction)(void (*)(void))model_kernels, METH_NOARGS,
      PyDoc_STR("kernels($self, /)\n--\n\n[(operation, variant), ...] that this model runs.")},
     {"tensor", (PyCFunction)(void (*)(void))model_tensor, METH_VARARGS,

@@ -7,71 +7,7 @@
  */
 #include "py_step.h"
 
-/* ---- probe ---- */
-
-enum { PROBE_PARTS = 7 };
-
-struct probe_args {
-    struct dsv4_probe probe;
-    PyObject *dict;                /* owned */
-    PyObject *arrays[PROBE_PARTS]; /* owned, NULL where not asked for */
-};
-
-static const char *const probe_names[PROBE_PARTS] = {
-    "streams", "attention", "ffn", "experts", "expert_weights", "index_selected", "seconds"};
-
-/* Makes the arrays that the dict asks for, for n rows. */
-static int probe_parse(struct probe_args *a, PyObject *dict, const struct dsv4_config *config,
-                       int64_t n) {
-    static const struct field layer_field = {"layer", offsetof(struct dsv4_probe, layer),
-                                             FIELD_I32};
-    if (!PyDict_Check(dict)) {
-        PyErr_Format(PyExc_TypeError, "probe: got %s, wanted a dict or None",
-                     Py_TYPE(dict)->tp_name);
-        return -1;
-    }
-    a->dict = Py_NewRef(dict);
-    if (fields_from_dict(&a->probe, &layer_field, 1, dict, "probe") < 0)
-        return -1;
-    const struct {
-        enum array_type type;
-        int rank;
-        int64_t inner[2];
-        void **out;
-    } parts[PROBE_PARTS] = {
-        {ARRAY_U16, 3, {config->hc_mult, config->hidden_size}, (void **)&a->probe.streams},
-        {ARRAY_U16, 2, {config->hidden_size, 0}, (void **)&a->probe.attention},
-        {ARRAY_U16, 2, {config->hidden_size, 0}, (void **)&a->probe.ffn},
-        {ARRAY_I32, 2, {config->num_experts_per_tok, 0}, (void **)&a->probe.experts},
-        {ARRAY_F32, 2, {config->num_experts_per_tok, 0}, (void **)&a->probe.expert_weights},
-        {ARRAY_I32, 2, {config->index_topk, 0}, (void **)&a->probe.index_selected},
-        {ARRAY_F32, 1, {0, 0}, (void **)&a->probe.seconds},
-    };
-    for (int i = 0; i < PROBE_PARTS; i++) {
-        if (!PyDict_GetItemString(dict, probe_names[i]))
-            continue;
-        const int64_t rows = parts[i].rank > 1 ? n : DSV4_PHASES;
-        const int64_t shape[3] = {rows, parts[i].inner[0], parts[i].inner[1]};
-        a->arrays[i] = array_new(parts[i].type, parts[i].rank, shape, parts[i].out);
-        if (!a->arrays[i])
-            return -1;
-    }
-    return 0;
-}
-
-static int probe_store(struct probe_args *a) {
-    for (int i = 0; i < PROBE_PARTS; i++) {
-        if (a->arrays[i] && PyDict_SetItemString(a->dict, probe_names[i], a->arrays[i]) < 0)
-            return -1;
-    }
-    return 0;
-}
-
-static void probe_free(struct probe_args *a) {
-    for (int i = 0; i < PROBE_PARTS; i++)
-        Py_XDECREF(a->arrays[i]);
-    Py_XDECREF(a->dict);
-}
+#include "py_trace.h"
 
 /* ---- wait ---- */
 
@@ -110,6 +46,7 @@ struct holder {
     SessionObject *session; /* owned, in_step counted */
     SamplerObject *sampler; /* owned, in_use counted, or NULL */
     PyObject *logits;       /* owned, or NULL */
+    struct taps taps;
     int32_t *ids;           /* owned */
 };
 
@@ -119,7 +56,8 @@ struct step_args {
     struct dsv4_segment *segments; /* owned [n] */
     struct dsv4_sample *samples;   /* owned [n] */
     struct holder *holders;        /* owned [n] */
-    struct probe_args probe;
+    PyObject *seconds;             /* owned array, or NULL */
+    float *seconds_data;
 };
 
 static void step_args_free(struct step_args *a) {
@@ -133,8 +71,9 @@ static void step_args_free(struct step_args *a) {
         Py_XDECREF(holder->sampler);
         Py_XDECREF(holder->logits);
         PyMem_Free(holder->ids);
+        taps_free(&holder->taps);
     }
-    probe_free(&a->probe);
+    Py_XDECREF(a->seconds);
     PyMem_Free(a->segments);
     PyMem_Free(a->samples);
     PyMem_Free(a->holders);
@@ -149,15 +88,15 @@ static int parse_segment(struct step_args *a, Py_ssize_t i, PyObject *item,
     struct holder *holder = &a->holders[i];
     struct dsv4_segment *segment = &a->segments[i];
     SessionObject *session;
-    PyObject *ids, *sampler;
+    PyObject *ids, *sampler, *trace = Py_None;
     char name[40];
     if (!PyTuple_Check(item)) {
         PyErr_Format(PyExc_TypeError, "segments[%zd]: got %s, wanted a tuple", i,
                      Py_TYPE(item)->tp_name);
         return -1;
     }
-    if (!PyArg_ParseTuple(item, "O!OiO", state->session_type, &session, &ids, &segment->want,
-                          &sampler))
+    if (!PyArg_ParseTuple(item, "O!OiO|O", state->session_type, &session, &ids, &segment->want,
+                          &sampler, &trace))
         return -1;
     PyOS_snprintf(name, sizeof name, "segments[%zd]: ids", i);
     if (convert_ids(ids, name, vocab, &holder->ids, &segment->n) < 0)
@@ -185,6 +124,9 @@ static int parse_segment(struct step_args *a, Py_ssize_t i, PyObject *item,
         segment->sampler = object->sampler;
         segment->sample = &a->samples[i];
     }
+    if (taps_parse(&holder->taps, trace, handle_of(a->handle)->model) < 0)
+        return -1;
+    segment->taps = holder->taps.taps;
     return 0;
 }
 
@@ -203,10 +145,9 @@ static int parse_logits(struct step_args *a, Py_ssize_t i, int32_t vocab) {
 }
 
 static int parse_step(struct step_args *a, const struct module_state *state, ModelObject *self,
-                      PyObject *segments, PyObject *probe) {
+                      PyObject *segments, PyObject *seconds) {
     PyObject *tuple = PySequence_Tuple(segments);
     int status = -1;
-    int64_t rows = 0;
     if (!tuple)
         return -1;
     const Py_ssize_t n = PyTuple_GET_SIZE(tuple);
@@ -226,11 +167,14 @@ static int parse_step(struct step_args *a, const struct module_state *state, Mod
         if (parse_segment(a, i, PyTuple_GET_ITEM(tuple, i), state, self->vocab) < 0 ||
             parse_logits(a, i, self->vocab) < 0)
             goto done;
-        rows += a->segments[i].n;
     }
-    if (probe != Py_None &&
-        probe_parse(&a->probe, probe, dsv4_model_config(handle_of(a->handle)->model), rows) < 0)
-        goto done;
+    if (seconds != Py_None) {
+        int64_t shape[1] = {DSV4_PHASES};
+        a->seconds_data = array_out(seconds, "seconds", ARRAY_F32, 1, shape);
+        if (!a->seconds_data)
+            goto done;
+        a->seconds = Py_NewRef(seconds);
+    }
     status = 0;
 done:
     Py_DECREF(tuple);
@@ -255,30 +199,30 @@ static PyObject *step_results(const struct step_args *a) {
 
 PyObject *model_step(ModelObject *self, PyObject *args) {
     struct module_state *state = state_of(Py_TYPE(self));
-    PyObject *segments, *probe, *result = NULL;
+    PyObject *segments, *seconds, *result = NULL;
     dsv4_run *run = NULL;
     dsv4_error err = {0};
     dsv4_status status;
-    if (!PyArg_ParseTuple(args, "OO:step", &segments, &probe) || !open_handle(state, self))
+    if (!PyArg_ParseTuple(args, "OO:step", &segments, &seconds) || !open_handle(state, self))
         return NULL;
     struct step_args *a = PyMem_Calloc(1, sizeof *a);
     if (!a)
         return PyErr_NoMemory();
     a->handle = Py_NewRef(self->handle);
-    if (parse_step(a, state, self, segments, probe) < 0)
+    if (parse_step(a, state, self, segments, seconds) < 0)
         goto done;
     if (queue_enter(&handle_of(a->handle)->queue) < 0)
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_step_start(&run, handle_of(a->handle)->model, a->segments, (int32_t)a->n,
-                             a->probe.dict ? &a->probe.probe : NULL, &err);
+                             a->seconds_data, &err);
     Py_END_ALLOW_THREADS
     if (status)
         raise_status(state, status, &err);
     else
         status = finish_run(state, run);
     queue_leave(&handle_of(a->handle)->queue);
-    if (status == DSV4_OK && probe_store(&a->probe) == 0)
+    if (status == DSV4_OK)
         result = step_results(a);
 done:
     step_args_free(a);
@@ -293,20 +237,20 @@ struct layer_args {
     int32_t *ids;      /* owned */
     PyObject *out;     /* owned */
     uint16_t *out_data;
-    struct probe_args probe;
+    struct taps taps;
 };
 
 static void layer_args_free(struct layer_args *a) {
     PyMem_Free(a->streams);
     PyMem_Free(a->ids);
     Py_XDECREF(a->out);
-    probe_free(&a->probe);
+    taps_free(&a->taps);
     Py_XDECREF(a->handle);
     PyMem_Free(a);
 }
 
 static int parse_layer(struct layer_args *a, int32_t *n, ModelObject *self, PyObject *streams,
-                       PyObject *ids, PyObject *probe) {
+                       PyObject *ids, PyObject *trace) {
     const struct dsv4_config *config = dsv4_model_config(handle_of(a->handle)->model);
     int64_t shape[3] = {-1, config->hc_mult, config->hidden_size};
     a->streams = convert_array(streams, "streams", ARRAY_U16, 3, shape);
@@ -321,38 +265,38 @@ static int parse_layer(struct layer_args *a, int32_t *n, ModelObject *self, PyOb
     a->out = array_new(ARRAY_U16, 3, shape, (void **)&a->out_data);
     if (!a->out)
         return -1;
-    return probe == Py_None ? 0 : probe_parse(&a->probe, probe, config, *n);
+    return taps_parse(&a->taps, trace, handle_of(a->handle)->model);
 }
 
 PyObject *model_layer(ModelObject *self, PyObject *args) {
     struct module_state *state = state_of(Py_TYPE(self));
-    PyObject *streams, *ids, *probe, *result = NULL;
+    PyObject *streams, *ids, *trace, *result = NULL;
     int layer;
     int32_t n;
     dsv4_run *run = NULL;
     dsv4_error err = {0};
     dsv4_status status;
-    if (!PyArg_ParseTuple(args, "iOOO:layer", &layer, &streams, &ids, &probe) ||
+    if (!PyArg_ParseTuple(args, "iOOO:layer", &layer, &streams, &ids, &trace) ||
         !open_handle(state, self))
         return NULL;
     struct layer_args *a = PyMem_Calloc(1, sizeof *a);
     if (!a)
         return PyErr_NoMemory();
     a->handle = Py_NewRef(self->handle);
-    if (parse_layer(a, &n, self, streams, ids, probe) < 0)
+    if (parse_layer(a, &n, self, streams, ids, trace) < 0)
         goto done;
     if (queue_enter(&handle_of(a->handle)->queue) < 0)
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_layer_start(&run, handle_of(a->handle)->model, layer, a->out_data, a->streams,
-                              a->ids, n, a->probe.dict ? &a->probe.probe : NULL, &err);
+                              a->ids, n, a->taps.taps, &err);
     Py_END_ALLOW_THREADS
     if (status)
         raise_status(state, status, &err);
     else
         status = finish_run(state, run);
     queue_leave(&handle_of(a->handle)->queue);
-    if (status == DSV4_OK && probe_store(&a->probe) == 0)
+    if (status == DSV4_OK)
         result = Py_NewRef(a->out);
 done:
     layer_args_free(a);

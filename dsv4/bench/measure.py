@@ -209,9 +209,9 @@ class Bench:
 
     def phases(self, session: Session) -> dict[str, float]:
         """Seconds of one step of one token, by what its first thread did."""
-        probe: dict[str, Any] = {"layer": -1, "seconds": None}
-        self.model._core.step([(session._core, self.ids(1), 1, None)], probe)
-        return dict(zip(_core.PHASES, probe["seconds"].tolist(), strict=True))
+        seconds = np.zeros(len(_core.PHASES), np.float32)
+        self.model._core.step([(session._core, self.ids(1), 1, None)], seconds)
+        return dict(zip(_core.PHASES, seconds.tolist(), strict=True))
 
     def step(self, sessions: Sequence[Session], n: int, logits: int = 1) -> float:
         """Seconds of one step that appends n random ids to each session."""
@@ -234,11 +234,13 @@ class Bench:
             some = layers[:: -(-len(layers) // PROBED_LAYERS)]
             seen = []
             with self.sessions(n_tok, 0) as sessions:
-                for layer in some:
-                    probe: dict[str, Any] = {"layer": layer, "experts": None}
-                    segments = [(s._core, self.ids(1), 0, None) for s in sessions]
-                    self.model._core.step(segments, probe)
-                    seen.append(len(np.unique(probe["experts"])))
+                value, k = _core.VALUES.index("experts"), self.config.num_experts_per_tok
+                chosen = np.empty((len(some), n_tok, 1, k), np.int32)
+                self.model._core.step(
+                    [(session._core, self.ids(1), 0, None,
+                      [(layer, value, chosen[i, at]) for i, layer in enumerate(some)])
+                     for at, session in enumerate(sessions)], None)
+                seen += [len(np.unique(layer)) for layer in chosen]
             self.touched[n_tok] = sum(seen) / len(seen)
         return self.touched[n_tok]
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import dsv4
+from dsv4 import _core
 from dsv4.bench import synthetic
 from dsv4.tokenizer import Tokenizer
 
@@ -36,10 +37,10 @@ class Clock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.core, name)
 
-    def step(self, segments: Any, probe: Any) -> Any:
-        clock: dict[str, Any] = {"layer": -1, "seconds": True}
+    def step(self, segments: Any, seconds: Any) -> Any:
+        clock = np.zeros(len(_core.PHASES), np.float32)
         results = self.core.step(segments, clock)
-        self.inside.append(float(np.sum(clock["seconds"])))
+        self.inside.append(float(np.sum(clock)))
         self.sizes.append([len(segment[1]) for segment in segments])
         return results
 

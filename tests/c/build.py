@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the kernels, the engine and their C checks with a given compiler, and runs them.
 
-    python tests/c/build.py --run native|asan|tsan|clang|haswell|nehalem|aarch64 [-- arguments]
+    python tests/c/build.py --run native|asan|tsan|clang|haswell|nehalem|aarch64[,...] [-- ARGS]
 
 Flags per folder are those of setup.py; families are the files check_<family>.c beside this one.
+Of several, those that differ only in what runs them are compiled once, and they run side by side.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,28 +31,28 @@ class Mode:
     """How to compile and how to start the program."""
 
     compiler: str = "gcc"
-    flags: list[str] = field(default_factory=list)
-    link: list[str] = field(default_factory=list)
-    runner: list[str] = field(default_factory=list)
+    flags: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+    runner: tuple[str, ...] = ()
     machine: str = "x86_64"
 
 
-SANITIZE = [
+SANITIZE = (
     "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer",
     "-fno-var-tracking",  # gcc would take minutes for it on inlined kernels
-]
-THREADS = ["-fsanitize=thread", "-fno-var-tracking"]
+)
+THREADS = ("-fsanitize=thread", "-fno-var-tracking")
 MODES = {
-    "native": Mode(flags=["-Werror"], machine=platform.machine()),
-    "asan": Mode(flags=["-O1", "-g", *SANITIZE], link=SANITIZE, machine=platform.machine()),
-    "tsan": Mode(flags=["-O1", "-g", *THREADS], link=THREADS, machine=platform.machine()),
-    "clang": Mode("clang", ["-Werror"], machine=platform.machine()),
-    "haswell": Mode(runner=["qemu-x86_64", "-cpu", "Haswell"]),
-    "nehalem": Mode(runner=["qemu-x86_64", "-cpu", "Nehalem"]),
+    "native": Mode(flags=("-Werror",), machine=platform.machine()),
+    "asan": Mode(flags=("-O1", "-g", *SANITIZE), link=SANITIZE, machine=platform.machine()),
+    "tsan": Mode(flags=("-O1", "-g", *THREADS), link=THREADS, machine=platform.machine()),
+    "clang": Mode("clang", ("-Werror",), machine=platform.machine()),
+    "haswell": Mode(runner=("qemu-x86_64", "-cpu", "Haswell")),
+    "nehalem": Mode(runner=("qemu-x86_64", "-cpu", "Nehalem")),
     "aarch64": Mode(
         "aarch64-linux-gnu-gcc",
-        link=["-static"],
-        runner=["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"],
+        link=("-static",),
+        runner=("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
         machine="aarch64",
     ),
 }
@@ -131,23 +133,50 @@ def build(mode: Mode, folder: Path) -> Path:
     return program
 
 
-def run(name: str, arguments: list[str]) -> int:
-    """Builds in a temporary folder and runs; the program's exit status."""
-    mode = MODES[name]
-    if reason := missing(mode):
-        print(f"{name}: {reason}", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            program = build(mode, Path(folder))
-        except subprocess.CalledProcessError as error:
-            return error.returncode  # the compiler has said why
-        return subprocess.run([*mode.runner, str(program), *arguments]).returncode
+def run(names: Sequence[str], arguments: list[str]) -> int:
+    """Builds in temporary folders and runs; 0, or the status of one that failed."""
+    for name in names:
+        if reason := missing(MODES[name]):
+            print(f"{name}: {reason}", file=sys.stderr)
+            return 2
+    programs: dict[Mode, Path] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        runs = []
+        for name in names:
+            runner, built = MODES[name].runner, replace(MODES[name], runner=())
+            if built not in programs:
+                place = Path(folder, name)
+                place.mkdir()
+                try:
+                    programs[built] = build(built, place)
+                except subprocess.CalledProcessError as error:
+                    return error.returncode  # the compiler has said why
+            command = [*runner, str(programs[built]), *arguments]
+            if len(names) == 1:
+                return subprocess.run(command).returncode
+            runs.append((name, pool.submit(
+                subprocess.run, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True)))
+        failed = 0
+        for name, future in runs:
+            done = future.result()
+            print(f"-- {name}\n{done.stdout}", end="", flush=True)
+            failed = failed or done.returncode
+        return failed
+
+
+def modes(text: str) -> list[str]:
+    """The modes of `--run`."""
+    names = text.split(",")
+    for name in names:
+        if name not in MODES:
+            raise argparse.ArgumentTypeError(f"got {name!r}, wanted some of {', '.join(MODES)}")
+    return names
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="build and run the C checks")
-    parser.add_argument("--run", choices=MODES, default="native")
+    parser.add_argument("--run", type=modes, default=["native"], metavar="MODE[,MODE...]")
     parser.add_argument("arguments", nargs="*", help="for the program: --only, --seed, --list")
     options = parser.parse_args()
     sys.exit(run(options.run, options.arguments))

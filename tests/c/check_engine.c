@@ -215,7 +215,7 @@ static void run_prompt(dsv4_model *m, const int32_t *ids, int chunk, float *logi
     dsv4_session *s = session(m);
     for (int at = 0; at < PROMPT; at += chunk) {
         int n = PROMPT - at < chunk ? PROMPT - at : chunk;
-        struct dsv4_segment seg = {s, ids + at, logits + (size_t)at * VOCAB, NULL, NULL, n, DSV4_LOGITS_ALL};
+        struct dsv4_segment seg = {s, ids + at, logits + (size_t)at * VOCAB, NULL, NULL, n, DSV4_LOGITS_ALL, NULL};
         dsv4_error err;
         dsv4_status status = step(m, &seg, 1, &err);
         check_true(status == DSV4_OK, "step: %s", status == DSV4_OK ? "" : err.message);
@@ -236,9 +236,9 @@ static void check_neighbours(dsv4_model *m, const int32_t *ids, const float *wan
     struct dsv4_segment segments[5];
     for (int i = 0; i < 5; i++) {
         dsv4_session *s = session(m);
-        struct dsv4_segment warm = {s, ids, NULL, NULL, NULL, AT[i], DSV4_LOGITS_NONE};
+        struct dsv4_segment warm = {s, ids, NULL, NULL, NULL, AT[i], DSV4_LOGITS_NONE, NULL};
         check_true(step(m, &warm, 1, NULL) == DSV4_OK, "prompt");
-        segments[i] = (struct dsv4_segment){s, ids + AT[i], got[i], NULL, NULL, 1, DSV4_LOGITS_LAST};
+        segments[i] = (struct dsv4_segment){s, ids + AT[i], got[i], NULL, NULL, 1, DSV4_LOGITS_LAST, NULL};
     }
     check_true(step(m, segments, 5, NULL) == DSV4_OK, "batch");
     for (int i = 0; i < 5; i++) {
@@ -251,11 +251,11 @@ static void check_neighbours(dsv4_model *m, const int32_t *ids, const float *wan
 static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
     dsv4_session *s = session(m);
     float got[VOCAB];
-    struct dsv4_segment first = {s, ids, NULL, NULL, NULL, 20, DSV4_LOGITS_NONE};
+    struct dsv4_segment first = {s, ids, NULL, NULL, NULL, 20, DSV4_LOGITS_NONE, NULL};
     check_true(step(m, &first, 1, NULL) == DSV4_OK, "prompt");
     int cancelled = 0;
     for (int i = 0; i < 30; i++) {
-        struct dsv4_segment seg = {s, ids + 3, NULL, NULL, NULL, 40, DSV4_LOGITS_NONE};
+        struct dsv4_segment seg = {s, ids + 3, NULL, NULL, NULL, 40, DSV4_LOGITS_NONE, NULL};
         dsv4_run *run;
         dsv4_error err;
         check_true(dsv4_step_start(&run, m, &seg, 1, NULL, &err) == DSV4_OK, "start");
@@ -268,7 +268,7 @@ static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
         check_true(dsv4_session_position(s) == 20, "the position stays");
     }
     int32_t bad[] = {1, VOCAB};
-    struct dsv4_segment wrong = {s, bad, NULL, NULL, NULL, 2, DSV4_LOGITS_NONE};
+    struct dsv4_segment wrong = {s, bad, NULL, NULL, NULL, 2, DSV4_LOGITS_NONE, NULL};
     struct dsv4_segment twice[2] = {wrong, wrong};
     wrong.n = 0;
     check_true(step(m, &wrong, 1, NULL) == DSV4_E_ARGUMENT, "an empty segment is refused");
@@ -277,7 +277,7 @@ static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
     bad[1] = 2;
     check_true(step(m, twice, 2, NULL) == DSV4_E_ARGUMENT, "a session twice is refused");
     for (int at = 20; at < PROMPT; at++) {
-        struct dsv4_segment seg = {s, ids + at, got, NULL, NULL, 1, DSV4_LOGITS_LAST};
+        struct dsv4_segment seg = {s, ids + at, got, NULL, NULL, 1, DSV4_LOGITS_LAST, NULL};
         check_true(step(m, &seg, 1, NULL) == DSV4_OK, "decode");
         same("after cancelled steps", got, want + (size_t)at * VOCAB, VOCAB);
     }
@@ -338,7 +338,7 @@ static void check_nonfinite(struct file *f, const int32_t *ids) {
     check_true(load(&m, f, 2, 0, 0, &err) == DSV4_OK, "NaN codes load");
     *code = kept;
     dsv4_session *s = session(m);
-    struct dsv4_segment seg = {s, ids, got, NULL, NULL, 9, DSV4_LOGITS_LAST};
+    struct dsv4_segment seg = {s, ids, got, NULL, NULL, 9, DSV4_LOGITS_LAST, NULL};
     dsv4_status status = step(m, &seg, 1, &err);
     check_true(status == DSV4_E_NONFINITE && err.layer == 1, "NaN is found in layer 1, got %d: %s", err.layer,
                err.message);
@@ -388,7 +388,7 @@ static void check_shrunk(const struct file *f, const int32_t *ids) {
         if (strstr(f->names[i], "layers.2.ffn.experts.") && f->tensors[i].offset < first)
             first = f->tensors[i].offset;
     dsv4_session *s = session(m);
-    struct dsv4_segment seg = {s, ids, NULL, NULL, NULL, 1, DSV4_LOGITS_NONE};
+    struct dsv4_segment seg = {s, ids, NULL, NULL, NULL, 1, DSV4_LOGITS_NONE, NULL};
     uint8_t *kept = malloc(f->size - first);
     check_true(kept && pread(fd, kept, f->size - first, (off_t)first) == (ssize_t)(f->size - first), "reading");
     check_true(ftruncate(fd, (off_t)first) == 0, "truncate");

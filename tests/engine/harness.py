@@ -11,9 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 import dsv4
-from dsv4 import loading, nano
+from dsv4 import _core, loading, nano
+from dsv4.arrays import to_bf16
 
-PARTS = ("streams", "attention", "ffn", "experts", "expert_weights", "index_selected")
+PARTS = (
+    "streams", "attention_out", "ffn_out", "experts", "expert_weights", "index_selected",
+)
 WINDOW, COMPRESSED, INDEX = range(3)
 
 # A checkpoint small enough to be run hundreds of times: every layer kind, a window and an index
@@ -44,21 +47,46 @@ def load(
         return dsv4.load(folder, threads=threads, **options)
 
 
+def traced(model: dsv4.Model, layer: int, n: int) -> dict[str, NDArray[Any]]:
+    """Arrays for those of PARTS that the layer has, for n tokens."""
+    found: dict[str, NDArray[Any]] = {}
+    for name in PARTS:
+        shape = model._core.value(layer, _core.VALUES.index(name))
+        if shape is not None:
+            found[name] = np.zeros((n, *shape[1]), np.int32 if shape[0] else np.float32)
+    return found
+
+
+def taps(layer: int, found: dict[str, NDArray[Any]]) -> list[tuple[int, int, NDArray[Any]]]:
+    """What a step is given to fill them."""
+    return [(layer, _core.VALUES.index(name), array) for name, array in found.items()]
+
+
+def codes(found: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Values the model holds as bf16 as their codes."""
+    held = ("streams", "attention_out", "ffn_out")
+    return {name: to_bf16(array) if name in held else array for name, array in found.items()}
+
+
 def step_with(
     model: dsv4.Model, segments: Sequence[tuple[dsv4.Session, Any]], layer: int,
 ) -> tuple[list[NDArray[np.float32]], dict[str, NDArray[Any]]]:
-    """One step with all its logits, and every internal of one layer."""
-    probe: dict[str, Any] = dict.fromkeys(PARTS, True) | {"layer": layer}
-    out = model._core.step([(s._core, ids, 2, None) for s, ids in segments], probe)
-    return [rows for rows, _ in out], probe
+    """One step with all its logits, and internals of one layer, those of all segments in one."""
+    found = [traced(model, layer, len(ids)) for _, ids in segments]
+    out = model._core.step([
+        (s._core, ids, 2, None, taps(layer, each))
+        for (s, ids), each in zip(segments, found, strict=True)], None)
+    every = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+    return [rows for rows, _ in out], codes(every)
 
 
 def layer_with(
     model: dsv4.Model, layer: int, streams: NDArray[np.uint16], ids: Any,
 ) -> tuple[NDArray[np.uint16], dict[str, NDArray[Any]]]:
-    """One layer alone from position 0 on bf16 codes, and every internal of it."""
-    probe: dict[str, Any] = dict.fromkeys(PARTS, True) | {"layer": layer}
-    return model._core.layer(layer, np.ascontiguousarray(streams), ids, probe), probe
+    """One layer alone from position 0 on bf16 codes, and internals of it."""
+    found = traced(model, layer, len(ids))
+    out = model._core.layer(layer, np.ascontiguousarray(streams), ids, taps(layer, found))
+    return out, codes(found)
 
 
 def rows(session: dsv4.Session, layer: int, kind: int, at: Sequence[int]) -> NDArray[np.uint16]:

@@ -42,7 +42,7 @@ def test_any_budget_gives_the_same_bits(wide: Path, kept: int, threads: int) -> 
     with harness.load(wide) as mapped:
         ids = harness.prompt(mapped, 70)
         wanted, kind = harness.fed(mapped, [ids]), mapped.plan
-        probed = harness.step_with(mapped, [(mapped.session(), ids[:9])], 3)[1]
+        traced = harness.step_with(mapped, [(mapped.session(), ids[:9])], 3)[1]
         assert mapped._core.experts["slots"] == 0 and kind.experts_in_memory == kind.experts == 24
     with harness.load(wide, memory=budget(kind, kept), threads=threads, chunk=16) as small:
         assert small.plan.experts_in_memory == kept
@@ -52,8 +52,8 @@ def test_any_budget_gives_the_same_bits(wide: Path, kept: int, threads: int) -> 
         harness.same(harness.fed(small, [ids]), wanted, "one piece")
         harness.same(harness.fed(small, harness.pieces(ids, 7)), wanted, "pieces of 7")
         _, again = harness.step_with(small, [(small.session(), ids[:9])], 3)
-        for part in harness.PARTS:
-            harness.same(again[part], probed[part], part)
+        for part in traced:
+            harness.same(again[part], traced[part], part)
         for layer in range(4):
             harness.layer_with(small, layer, np.ones((3, 2, 512), np.uint16), ids[:3])
         counts = small._core.experts

@@ -144,9 +144,9 @@ computed, step = [], model._core
 class Counting:
     def __getattr__(self, name):
         return getattr(step, name)
-    def step(self, segments, probe):
+    def step(self, segments, seconds):
         computed.append(sum(len(ids) for _, ids, _, _ in segments))
-        return step.step(segments, probe)
+        return step.step(segments, seconds)
 out = {}
 for path in sys.argv[2:]:
     session = model.load_session(path)

@@ -216,9 +216,9 @@ def test_nan_in_one_expert_shows_when_it_is_used(tmp_path, tiny_folder, code: in
     with load(folder) as model:
         ids = prompt(model, 60)
         with model.session() as session:
-            _, probe = step_with(model, [(session, ids)], 2)
+            _, found = step_with(model, [(session, ids)], 2)
         want = fed(model, [ids])
-    used = [set(row) for row in probe["experts"]]
+    used = [set(row) for row in found["experts"]]
     expert = next(e for e in range(6) if any(e in u for u in used[5:]) and e not in used[0])
     first = next(i for i, u in enumerate(used) if expert in u)
     name = f"layers.2.ffn.experts.{expert}.w3.weight"
@@ -334,7 +334,7 @@ def test_extreme_scales_in_the_engine(tiny_folder, tmp_path, part: str, shift: i
             c = model.config
             streams = np.random.default_rng(1).standard_normal((50, c.hc_mult, c.hidden_size))
             codes = (streams.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-            got.append(bf16(layer_with(model, 2, codes, prompt(model, 50))[1][part]))
+            got.append(bf16(layer_with(model, 2, codes, prompt(model, 50))[1][f"{part}_out"]))
     want = got[0] * np.float32(2.0**shift)
     size = np.abs(want).max(-1, keepdims=True)
     assert (want != 0).any() and (np.abs(got[1] - want) <= size * 2.0**-8).all()
@@ -406,7 +406,7 @@ def ffn_of_layer_2(model: dsv4.Model) -> Any:
     c = model.config
     streams = np.full((20, c.hc_mult, c.hidden_size), 0x3F80, np.uint16)
     streams += np.random.default_rng(2).integers(0, 200, streams.shape, np.uint16)
-    return layer_with(model, 2, streams, prompt(model, 20))[1]["ffn"]
+    return layer_with(model, 2, streams, prompt(model, 20))[1]["ffn_out"]
 
 
 def silence(data: Any) -> None:

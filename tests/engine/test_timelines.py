@@ -108,9 +108,9 @@ def test_what_a_rewind_computes_again(tiny, monkeypatch) -> None:
         def __getattr__(self, name):
             return getattr(core, name)
 
-        def step(self, segments, probe):
+        def step(self, segments, seconds):
             computed.append(sum(len(ids) for _, ids, _, _ in segments))
-            return core.step(segments, probe)
+            return core.step(segments, seconds)
 
     session = tiny.session()
     for n in (50, 1, 1, 1, 40, 1, 1):

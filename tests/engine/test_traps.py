@@ -73,8 +73,8 @@ def test_routed_scaling_factor(models, expected) -> None:
         model = models(name)
         for layer in range(model.config.num_hidden_layers):
             with model.session() as session:
-                _, probe = step_with(model, [(session, prompt(model, 40))], layer)
-            total = probe["expert_weights"].sum(1)
+                _, found = step_with(model, [(session, prompt(model, 40))], layer)
+            total = found["expert_weights"].sum(1)
             assert np.abs(total / factor - 1).max() < 1e-6, (name, layer)
 
 
@@ -89,11 +89,11 @@ def test_hash_layers_follow_their_table(models) -> None:
         raw = model._core.tensor(f"layers.{layer}.ffn.gate.tid2eid")
         table = raw.view(np.int64).reshape(c.vocab_size, -1)
         with model.session() as session:
-            _, probe = step_with(model, [(session, ids)], layer)
-        assert (probe["experts"] == table).all()
+            _, found = step_with(model, [(session, ids)], layer)
+        assert (found["experts"] == table).all()
     with model.session() as session:
-        _, probe = step_with(model, [(session, np.zeros(300, np.int32))], c.num_hash_layers)
-    assert len({tuple(row) for row in probe["experts"]}) > 1  # one id, several choices
+        _, found = step_with(model, [(session, np.zeros(300, np.int32))], c.num_hash_layers)
+    assert len({tuple(row) for row in found["experts"]}) > 1  # one id, several choices
 
 
 def test_router_bias_chooses_but_does_not_weigh(tiny_folder, tmp_path) -> None:
@@ -152,8 +152,8 @@ def test_more_than_8192_compressed_rows(tmp_path, length: int) -> None:
             session = model.session()
             for piece in np.split(ids[: length - 9], cuts[:-1]):
                 session.append(piece, logits="none")
-            (rows,), probe = step_with(model, [(session, ids[length - 9 :])], 0)
-            found.append((rows, probe["index_selected"]))
+            (rows,), each = step_with(model, [(session, ids[length - 9 :])], 0)
+            found.append((rows, each["index_selected"]))
     for a, b in zip(*found, strict=True):
         same(a, b)
     for t, chosen in enumerate(found[0][1]):

@@ -75,27 +75,27 @@ def test_layer_alone(alone, name: str, layer: int) -> None:
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_sites_of_a_layer_alone(alone, name: str, layer: int) -> None:
-    _, probe, e = alone(name, layer)
+    _, found, e = alone(name, layer)
     at = e["prompt130/positions"][-16:]
-    for ours, theirs in (("attention", "attn"), ("ffn", "ffn")):
-        r = ulp_report(probe[ours][at], e[f"prompt130/L{layer}/{theirs}"])
+    for ours, theirs in (("attention_out", "attn"), ("ffn_out", "ffn")):
+        r = ulp_report(found[ours][at], e[f"prompt130/L{layer}/{theirs}"])
         assert r["equal"] >= 0.85 and r["rel"] <= 0.025, (ours, r)
 
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_routing_of_a_layer_alone(alone, name: str, layer: int) -> None:
     """The order counts: by descending biased score, or that of the table."""
-    _, probe, e = alone(name, layer)
-    assert (probe["experts"] == e[f"prompt130/L{layer}/experts"]).all()
+    _, found, e = alone(name, layer)
+    assert (found["experts"] == e[f"prompt130/L{layer}/experts"]).all()
     want = e[f"prompt130/L{layer}/expert_weights"]
-    rel = np.abs(probe["expert_weights"] - want) / want
+    rel = np.abs(found["expert_weights"] - want) / want
     assert np.quantile(rel, 0.9) <= 1e-6 and rel.max() <= 0.02
 
 
 @pytest.mark.parametrize(("name", "layer"), CSA)
 def test_selection_of_a_layer_alone(alone, name: str, layer: int) -> None:
-    _, probe, e = alone(name, layer)
-    got = probe["index_selected"]
+    _, found, e = alone(name, layer)
+    got = found["index_selected"]
     k = got.shape[1]
     for t, scores in zip(e[f"prompt130/L{layer}/index_positions"],
                          bf16(e[f"prompt130/L{layer}/index_scores"]), strict=True):
@@ -161,11 +161,11 @@ def test_rows_kept(whole, expected, name: str, layer: int, what: str) -> None:
 def test_choices_of_a_whole_run(models, expected, name: str, layer: int) -> None:
     e = expected(name)
     with models(name).session() as session:
-        _, probe = step_with(models(name), [(session, e["prompt130/ids"])], layer)
-    same, _ = set_agreement(probe["experts"], e[f"prompt130/L{layer}/experts"].astype(np.int32))
+        _, found = step_with(models(name), [(session, e["prompt130/ids"])], layer)
+    same, _ = set_agreement(found["experts"], e[f"prompt130/L{layer}/experts"].astype(np.int32))
     lowest = min(e.noise["routes"][f"official/prompt130/L{layer}"].values())
     assert 1 - same <= 1.5 * (1 - lowest) + 2 / 130
     if (name, layer) in CSA:
         at = e[f"prompt130/L{layer}/index_positions"]
         want = e[f"prompt130/L{layer}/index_selected"]
-        assert set_agreement(probe["index_selected"][at], want)[1] >= 0.9
+        assert set_agreement(found["index_selected"][at], want)[1] >= 0.9

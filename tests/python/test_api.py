@@ -471,9 +471,11 @@ def test_layer_alone_is_the_layer_of_a_step(flash: dsv4.Model) -> None:
     ids = [0, *range(3, 40)]
     streams: list[Any] = []
     for i in range(2):
-        probe: dict[str, Any] = {"layer": i, "streams": None}
-        flash._core.step([(flash.session()._core, ids, 0, None)], probe)
-        streams.append(from_bf16(probe["streams"]))
+        c = flash.config
+        after = np.empty((len(ids), c.hc_mult, c.hidden_size), np.float32)
+        tap = (i, _core.VALUES.index("streams"), after)
+        flash._core.step([(flash.session()._core, ids, 0, None, [tap])], None)
+        streams.append(after)
     got = flash.layers[1](streams[0], ids)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, streams[1])

@@ -52,6 +52,8 @@ static inline void dsv4_hc_gates(float pre[DSV4_HC_MAX], const struct dsv4_hc_pr
         double z = a->dots[j] * r_wide * a->scale[0] + a->base[j];
         pre[j] = (float)(1.0 / (1.0 + dsv4_exp(-z)) + (double)a->hc_eps);
     }
+    for (int32_t j = 0; a->pre && j < hc; j++)
+        a->pre[j] = pre[j];
     if (!a->post)
         return;
     for (int32_t j = 0; j < hc; j++)
