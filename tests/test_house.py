@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The house: what lies at the top, what a file begins with, and facts written in two places."""
 
+import json
 import os
 import re
 import stat
@@ -19,7 +20,7 @@ TOP = {
 # what building and testing leave there; .gitignore names the same
 MADE = re.compile(r"build|dist|runs|__pycache__|.*\.egg-info|\..*")
 SOURCES = {".c", ".h", ".py", ".pyi"}
-TEXTS = {*SOURCES, ".md", ".toml", ".json", ".in", ".txt", ".cu", ".cuh"}
+TEXTS = {*SOURCES, ".md", ".toml", ".json", ".in", ".txt", ".cu", ".cuh", ".ipynb"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -79,6 +80,20 @@ def test_readme_commands(command):
 
 def test_ci_can_be_started():
     assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+
+
+def test_notebooks_are_numbered_and_stripped():
+    """Outputs come from running them (`tests/notebooks.py`); README shows some of the plots."""
+    names = sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert names
+    for notebook in names:
+        assert re.fullmatch(r"\d\d_[a-z_]+\.ipynb", notebook)
+        told = json.loads((ROOT / "notebooks" / notebook).read_text())
+        assert told["nbformat"] == 4 and set(told["metadata"]) == {"kernelspec", "language_info"}
+        assert told["cells"][0]["source"][0].startswith(f"# {notebook[:2]} ")
+        for cell in told["cells"]:
+            if cell["cell_type"] == "code":
+                assert not cell["outputs"] and cell["execution_count"] is None, notebook
 
 
 def test_no_unfinished_merge():
