@@ -35,8 +35,11 @@ struct dsv4_team {
     int stop; /* written by the last to arrive, read by all after the phase changed */
 };
 
-/* How long a barrier spins and yields before it sleeps: some microseconds, then some scheduler rounds. */
-enum { SPINS = 4000, YIELDS = 64 };
+/*
+ * How long a barrier spins and yields before it sleeps: tens of microseconds, then some scheduler rounds.  Where spinning
+ * was in vain (a neighbour, or another worker, holds the core that is waited for) the next one spins half as long.
+ */
+enum { LEAST_SPINS = 64, SPINS = 4096, YIELDS = 64 };
 
 static void cpu_relax(void) {
 #if defined(__x86_64__)
@@ -64,14 +67,19 @@ int dsv4_barrier(dsv4_worker *w) {
             syscall(SYS_futex, &t->phase, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
         return t->stop;
     }
-    for (int i = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == seen; i++) {
-        if (i < SPINS)
+    int spins = w->spins, i = 0;
+    for (; atomic_load_explicit(&t->phase, memory_order_acquire) == seen; i++) {
+        if (i < spins)
             cpu_relax();
-        else if (i < SPINS + YIELDS)
+        else if (i < spins + YIELDS)
             sched_yield();
         else
             phase_sleep(t, seen);
     }
+    if (i <= spins)
+        w->spins = spins < SPINS ? 2 * spins : SPINS;
+    else
+        w->spins = spins > LEAST_SPINS ? spins / 2 : LEAST_SPINS;
     return t->stop;
 }
 
@@ -124,7 +132,7 @@ dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err) {
     pthread_cond_init(&t->done, &clock);
     pthread_condattr_destroy(&clock);
     for (int i = 0; i < n; i++)
-        workers[i] = (dsv4_worker){.team = t, .id = i, .n = n, .node_n = n};
+        workers[i] = (dsv4_worker){.team = t, .id = i, .n = n, .node_n = n, .spins = SPINS};
     *out = t;
     return DSV4_OK;
 }

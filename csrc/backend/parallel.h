@@ -25,6 +25,7 @@ typedef struct dsv4_worker {
     dsv4_team *team; /* borrowed */
     int id, n;       /* this worker and how many there are */
     int node_first, node_n; /* the workers of its memory node; all where there is one */
+    int spins;       /* at the next barrier, before it yields */
 } dsv4_worker;
 
 typedef void dsv4_job_fn(dsv4_worker *w, void *ctx);
