@@ -52,7 +52,7 @@ struct dsv4_cuda_experts_args {
     const struct dsv4_cuda_tile *tiles;
     const int32_t *n_tile;          /* [1] */
     int32_t max_tile, tile_tok;     /* room for tiles; rows in each: DSV4_CUDA_FEW_TILE or DSV4_CUDA_MANY_TILE */
-    int32_t rows, cols;
+    int32_t rows, cols, n_tok;      /* no expert has more than n_tok rows */
 };
 
 /* --------------------------------------------------------------------------------------------- activations, formats */

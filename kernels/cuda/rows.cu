@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What is done to rows of activations between linear layers: quantisers, KV and index rows, norms, rope.
+// Contracts: kernels.h (bits), launches.h (arguments).
+#include "rows.cuh"
+
+// ------------------------------------------------------------------------------------------------ quantisers, formats
+
+// A warp per group of 128 values.
+DSV4_KERNEL(act_kernel, struct dsv4_cuda_act_args, ROW_THREADS, 1) {
+    int32_t groups = (a.n + DSV4_ACT_GROUP - 1) / DSV4_ACT_GROUP, lane = (int32_t)threadIdx.x % 32;
+    int64_t item = (int64_t)blockIdx.x * ROW_WARPS + (int32_t)threadIdx.x / 32;
+    if (item >= (int64_t)a.n_row * groups)
+        return; // whole warps
+    int32_t group = (int32_t)(item % groups), at = group * DSV4_ACT_GROUP + 4 * lane;
+    int64_t row = item / groups, first = row * a.n + at;
+    dsv4_bf16 h[4];
+    uint8_t codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        h[i] = at + i < a.n ? a.x[first + i] : (dsv4_bf16)0;
+    if (a.quant) {
+        uint8_t scale = warp_act_quant(h, codes);
+        if (a.scales && lane == 0)
+            a.scales[row * groups + group] = scale;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            h[i] = dsv4_bf16_operand(h[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (at + i >= a.n)
+            break;
+        a.out[first + i] = h[i];
+        if (a.quant && a.codes)
+            a.codes[first + i] = codes[i];
+    }
+}
+
+int dsv4_cuda_act(const struct dsv4_cuda_act_args *a, void *stream) {
+    size_t items = (size_t)a->n_row * (size_t)((a->n + DSV4_ACT_GROUP - 1) / DSV4_ACT_GROUP);
+    if (items)
+        DSV4_LAUNCH(act_kernel, dsv4_blocks(items, ROW_WARPS), ROW_THREADS, stream, *a);
+    return 0;
+}
+
+DSV4_KERNEL(kv_store_kernel, struct dsv4_cuda_kv_args, ROW_THREADS, 1) {
+    block_kv_store(a.rows + blockIdx.x * dsv4_kv_row_bytes(a.format, a.d_head, a.d_rope),
+                   a.x + (size_t)blockIdx.x * (size_t)a.d_head, a.format, a.d_head, a.d_rope);
+}
+
+DSV4_KERNEL(kv_load_kernel, struct dsv4_cuda_kv_args, ROW_THREADS, 1) {
+    const uint8_t *row = a.rows + blockIdx.x * dsv4_kv_row_bytes(a.format, a.d_head, a.d_rope);
+    dsv4_bf16 *x = a.x + (size_t)blockIdx.x * (size_t)a.d_head;
+    int32_t nope = a.format == DSV4_KV_FP8 ? a.d_head - a.d_rope : 0;
+    const uint8_t *scales = row + nope + 2 * a.d_rope;
+    for (int32_t d = (int32_t)threadIdx.x; d < a.d_head; d += ROW_THREADS) {
+        if (d < nope)
+            x[d] = fp8_value(row[d], scales[d / DSV4_KV_GROUP]);
+        else
+            memcpy(x + d, row + nope + 2 * (d - nope), 2);
+    }
+}
+
+int dsv4_cuda_kv(const struct dsv4_cuda_kv_args *a, void *stream) {
+    if (a->n_row && a->load)
+        DSV4_LAUNCH(kv_load_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    else if (a->n_row)
+        DSV4_LAUNCH(kv_store_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    return 0;
+}
+
+struct small_row {
+    dsv4_bf16 row[ROW_THREADS];
+    float y[ROW_THREADS];
+};
+
+// A block per row of at most 256 values.
+DSV4_KERNEL(index_store_kernel, struct dsv4_cuda_index_args, ROW_THREADS, 1) {
+    DSV4_SHARED(struct small_row, s);
+    int32_t i = (int32_t)threadIdx.x, t = (int32_t)blockIdx.x / a.per_tok;
+    if (i < a.n)
+        s.row[i] = a.x[(size_t)blockIdx.x * (size_t)a.n + (size_t)i];
+    __syncthreads();
+    if (a.cos && i < a.n_pair) {
+        dsv4_bf16 *x = s.row + a.n - 2 * a.n_pair;
+        float c = a.cos[(size_t)t * (size_t)a.n_pair + (size_t)i], sn = a.sin[(size_t)t * (size_t)a.n_pair + (size_t)i];
+        float p = dsv4_bf16_to_f32(x[2 * i]), q = dsv4_bf16_to_f32(x[2 * i + 1]);
+        x[2 * i] = dsv4_f32_to_bf16(p * c - q * sn);
+        x[2 * i + 1] = dsv4_f32_to_bf16(p * sn + q * c);
+    }
+    __syncthreads();
+    if (a.hadamard)
+        block_hadamard(s.row, s.y, a.n);
+    block_index_store(a.rows + blockIdx.x * dsv4_index_row_bytes(a.n), s.row, a.n);
+}
+
+DSV4_KERNEL(index_load_kernel, struct dsv4_cuda_index_args, ROW_THREADS, 1) {
+    const uint8_t *row = a.rows + blockIdx.x * dsv4_index_row_bytes(a.n);
+    int32_t i = (int32_t)threadIdx.x;
+    if (i >= a.n)
+        return;
+    uint8_t scale = row[a.n / 2 + i / DSV4_INDEX_GROUP], code = row[i / 2] >> 4 * (i & 1) & 15;
+    a.x[(size_t)blockIdx.x * (size_t)a.n + (size_t)i] =
+        scale == 255 ? (dsv4_bf16)0x7fc0 : dsv4_f32_to_bf16(dsv4_e2m1_to_f32(code) * dsv4_e8m0_to_f32(scale));
+}
+
+int dsv4_cuda_index(const struct dsv4_cuda_index_args *a, void *stream) {
+    if (a->n_row && a->load)
+        DSV4_LAUNCH(index_load_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    else if (a->n_row)
+        DSV4_LAUNCH(index_store_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    return 0;
+}
+
+DSV4_KERNEL(hadamard_kernel, struct dsv4_cuda_hadamard_args, ROW_THREADS, 1) {
+    DSV4_SHARED(struct small_row, s);
+    int32_t i = (int32_t)threadIdx.x;
+    dsv4_bf16 *x = a.x + (size_t)blockIdx.x * (size_t)a.n;
+    if (i < a.n)
+        s.row[i] = x[i];
+    __syncthreads();
+    block_hadamard(s.row, s.y, a.n);
+    if (i < a.n)
+        x[i] = s.row[i];
+}
+
+int dsv4_cuda_hadamard(const struct dsv4_cuda_hadamard_args *a, void *stream) {
+    if (a->n_row)
+        DSV4_LAUNCH(hadamard_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    return 0;
+}
+
+// -------------------------------------------------------------------------------------------------------------- norms
+
+DSV4_KERNEL(mean_square_kernel, struct dsv4_cuda_mean_square_args, ROW_THREADS, 1) {
+    DSV4_SHARED(struct mean_square_work, s);
+    float m = block_mean_square(s, a.x + (size_t)blockIdx.x * (size_t)a.n, a.n);
+    if (threadIdx.x == 0)
+        a.out[blockIdx.x] = m;
+}
+
+int dsv4_cuda_mean_square(const struct dsv4_cuda_mean_square_args *a, void *stream) {
+    if (a->n_row)
+        DSV4_LAUNCH(mean_square_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    return 0;
+}
+
+DSV4_KERNEL(rmsnorm_kernel, struct dsv4_cuda_rmsnorm_args, ROW_THREADS, 1) {
+    DSV4_SHARED(struct mean_square_work, s);
+    size_t first = (size_t)blockIdx.x * (size_t)a.n;
+    float r = dsv4_rsqrtf(block_mean_square(s, a.x + first, a.n) + a.eps);
+    block_norm_operands(a.out ? a.out + first : NULL, a.quant ? a.quant + first : NULL, a.plain ? a.plain + first : NULL,
+                        a.x + first, a.w, a.n, r);
+}
+
+int dsv4_cuda_rmsnorm(const struct dsv4_cuda_rmsnorm_args *a, void *stream) {
+    if (a->n_row)
+        DSV4_LAUNCH(rmsnorm_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+    return 0;
+}
+
+// 16 lanes per row, each with the pairs of its lane of rule 1; n may be odd where nothing is rotated.
+DSV4_KERNEL(headnorm_kernel, struct dsv4_cuda_headnorm_args, ROW_THREADS, 1) {
+    int32_t lane = (int32_t)threadIdx.x % 16;
+    int64_t row = (int64_t)blockIdx.x * (ROW_THREADS / 16) + (int32_t)threadIdx.x / 16;
+    int there = row < a.n_row;
+    int32_t end = there ? a.n : 0; // a row that is not there takes part in the shuffles alone
+    dsv4_bf16 *x = a.x + row * a.n;
+    float sum = 0.0f;
+    for (int32_t at = 2 * lane; at < end; at += 32) {
+        float even = dsv4_bf16_to_f32(x[at]), odd = at + 1 < end ? dsv4_bf16_to_f32(x[at + 1]) : 0.0f;
+        sum = sum + dsv4_f32_operand(dsv4_round_bf16(odd * odd));
+        sum = sum + dsv4_f32_operand(dsv4_round_bf16(even * even));
+    }
+    sum = __shfl_sync(DSV4_FULL_WARP, dsv4_lane_tree(sum), (int)(threadIdx.x & 16));
+    float m = dsv4_round_bf16(sum / (float)a.n);
+    float r = dsv4_round_bf16(1.0f / sqrtf(dsv4_round_bf16(m + dsv4_round_bf16(a.eps))));
+    int32_t rotated = a.cos ? a.n - 2 * a.n_pair : a.n;
+    for (int32_t at = 2 * lane; at < end; at += 32) {
+        float even = dsv4_round_bf16(dsv4_bf16_to_f32(x[at]) * r);
+        float odd = at + 1 < end ? dsv4_round_bf16(dsv4_bf16_to_f32(x[at + 1]) * r) : 0.0f;
+        if (at >= rotated) {
+            int64_t i = row / a.per_tok * a.n_pair + (at - rotated) / 2;
+            float c = a.cos[i], s = a.sin[i], first = even;
+            even = even * c - odd * s;
+            odd = first * s + odd * c;
+        }
+        x[at] = dsv4_f32_to_bf16(even);
+        if (at + 1 < end)
+            x[at + 1] = dsv4_f32_to_bf16(odd);
+    }
+}
+
+int dsv4_cuda_headnorm(const struct dsv4_cuda_headnorm_args *a, void *stream) {
+    if (a->n_row)
+        DSV4_LAUNCH(headnorm_kernel, dsv4_blocks((size_t)a->n_row, ROW_THREADS / 16), ROW_THREADS, stream, *a);
+    return 0;
+}
+
+// --------------------------------------------------------------------------------------------------------------- rope
+
+DSV4_KERNEL(rope_table_kernel, struct dsv4_cuda_rope_table_args, ROW_THREADS, 1) {
+    int64_t i = (int64_t)blockIdx.x * ROW_THREADS + (int32_t)threadIdx.x;
+    if (i < (int64_t)a.n_tok * a.n_pair)
+        dsv4_sincosf((float)a.positions[i / a.n_pair] * a.freq[i % a.n_pair], a.sin + i, a.cos + i);
+}
+
+int dsv4_cuda_rope_table(const struct dsv4_cuda_rope_table_args *a, void *stream) {
+    size_t n = (size_t)a->n_tok * (size_t)a->n_pair;
+    if (n)
+        DSV4_LAUNCH(rope_table_kernel, dsv4_blocks(n, ROW_THREADS), ROW_THREADS, stream, *a);
+    return 0;
+}
+
+// A thread per value outside the rotated part, one per pair inside; rows of even length.
+DSV4_KERNEL(rope_kernel, struct dsv4_cuda_rope_args, ROW_THREADS, 1) {
+    int64_t i = (int64_t)blockIdx.x * ROW_THREADS + (int32_t)threadIdx.x;
+    int32_t nope = a.n - 2 * a.n_pair, items = a.flush ? nope + a.n_pair : a.n_pair;
+    if (i >= (int64_t)a.n_row * items)
+        return;
+    int64_t row = i / items;
+    int32_t at = (int32_t)(i % items) - (items - a.n_pair);
+    dsv4_bf16 *x = a.x + row * a.n + nope;
+    if (at < 0) {
+        x[at] = dsv4_bf16_operand(x[at]);
+        return;
+    }
+    int64_t angle = row / a.per_tok * a.n_pair + at;
+    float p = dsv4_bf16_to_f32(x[2 * at]), q = dsv4_bf16_to_f32(x[2 * at + 1]);
+    float c = a.cos[angle], s = a.inverse ? -a.sin[angle] : a.sin[angle];
+    dsv4_bf16 u = dsv4_f32_to_bf16(p * c - q * s), v = dsv4_f32_to_bf16(p * s + q * c);
+    x[2 * at] = a.flush ? dsv4_bf16_operand(u) : u;
+    x[2 * at + 1] = a.flush ? dsv4_bf16_operand(v) : v;
+}
+
+int dsv4_cuda_rope(const struct dsv4_cuda_rope_args *a, void *stream) {
+    size_t n = (size_t)a->n_row * (size_t)(a->flush ? a->n - a->n_pair : a->n_pair);
+    if (n)
+        DSV4_LAUNCH(rope_kernel, dsv4_blocks(n, ROW_THREADS), ROW_THREADS, stream, *a);
+    return 0;
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A row of activations and the block of threads that works on it: sums, norms, rope, FP8 and FP4 groups.  Bits: kernels.h.
+#pragma once
+
+#include "device.cuh"
+
+enum { ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32, STAGED = 4096, ENTRY_MAX = 2048 };
+
+// -------------------------------------------------------------------------------------- mean square by a whole block
+
+struct mean_square_work {
+    uint4 staged[STAGED / 8]; // bf16 operands
+    float sum;
+};
+
+// x[at ... at + 8) of n as operands, +0 behind the end.
+DSV4_DEVICE uint4 eight_operands(const dsv4_bf16 *x, int32_t at, int32_t n) {
+    dsv4_bf16 h[8];
+    if (at + 8 <= n && (uintptr_t)(x + at) % 16 == 0) {
+        memcpy(h, x + at, sizeof h);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            h[i] = at + i < n ? x[at + i] : (dsv4_bf16)0;
+    }
+    uint4 out;
+    uint32_t *word[4] = {&out.x, &out.y, &out.z, &out.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        *word[i] = (uint32_t)dsv4_bf16_operand(h[2 * i]) | (uint32_t)dsv4_bf16_operand(h[2 * i + 1]) << 16;
+    return out;
+}
+
+// dot(x, x) / n by rule 1, for every thread of the block.
+DSV4_DEVICE float block_mean_square(struct mean_square_work &s, const dsv4_bf16 *x, int32_t n) {
+    float lane = 0.0f;
+    for (int32_t first = 0; first < n; first += STAGED) {
+        for (int32_t i = (int32_t)threadIdx.x; i < STAGED / 8; i += ROW_THREADS)
+            s.staged[i] = eight_operands(x, first + 8 * i, n);
+        __syncthreads();
+        if (threadIdx.x < 32) { // both halves of the warp make the same sums
+            const dsv4_word32 *pairs = (const dsv4_word32 *)s.staged + threadIdx.x % 16;
+            int32_t steps = n - first < STAGED ? (n - first + 31) / 32 : STAGED / 32;
+#pragma unroll 8
+            for (int32_t k = 0; k < steps; k++) {
+                uint32_t pair = pairs[16 * k];
+                float odd = dsv4_high_bf16(pair), even = dsv4_low_bf16(pair);
+                lane = dsv4_mad(odd, odd, lane);
+                lane = dsv4_mad(even, even, lane);
+            }
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x < 32) {
+        lane = dsv4_lane_tree(lane);
+        if (threadIdx.x == 0)
+            s.sum = lane;
+    }
+    __syncthreads();
+    return s.sum / (float)n;
+}
+
+// --------------------------------------------------------------------------------------- groups with a scale, by a warp
+
+DSV4_DEVICE uint8_t scale_of_group(uint32_t largest, float floor, float inv_max) {
+    if (largest >= 0x7f80u)
+        return 255;
+    float amax = dsv4_bf16_to_f32((dsv4_bf16)largest);
+    return dsv4_group_scale(amax > floor ? amax : floor, inv_max);
+}
+
+DSV4_DEVICE float inverse_scale(uint8_t scale) {
+    return dsv4_f32_from_bits((254u - scale) << 23);
+}
+
+// The scale of the group whose values a warp holds, each lane `each` of them.
+template <int each>
+DSV4_DEVICE uint8_t warp_scale(const dsv4_bf16 *h, float floor, float inv_max) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < each; i++) {
+        uint32_t magnitude = h[i] & 0x7fffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return scale_of_group(dsv4_warp_max(largest), floor, inv_max);
+}
+
+DSV4_DEVICE uint8_t fp8_code(dsv4_bf16 h, uint8_t scale) {
+    return scale == 255 ? (uint8_t)0x7f : dsv4_e4m3_from_f32(dsv4_bf16_to_f32(h) * inverse_scale(scale));
+}
+
+DSV4_DEVICE dsv4_bf16 fp8_value(uint8_t code, uint8_t scale) {
+    return scale == 255 ? (dsv4_bf16)0x7fc0 : dsv4_f32_to_bf16(dsv4_e4m3_to_f32(code) * dsv4_e8m0_to_f32(scale));
+}
+
+// act_quant of one group of up to 128, four values a lane (those behind n are zeros): value, code and scale.
+DSV4_DEVICE uint8_t warp_act_quant(dsv4_bf16 *h, uint8_t *codes) {
+    uint8_t scale = warp_scale<4>(h, 1e-4f, 1.0f / 448.0f);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        codes[i] = fp8_code(h[i], scale);
+        h[i] = fp8_value(codes[i], scale);
+    }
+    return scale;
+}
+
+// rmsnorm of a row by all warps of a block, and the operands made of it; any output may be NULL, `out` may be x.
+DSV4_DEVICE void block_norm_operands(dsv4_bf16 *out, dsv4_bf16 *quant, dsv4_bf16 *plain, const dsv4_bf16 *x,
+                                     const float *w, int32_t n, float r) {
+    int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
+    for (int32_t first = warp * DSV4_ACT_GROUP; first < n; first += ROW_WARPS * DSV4_ACT_GROUP) {
+        int32_t at = first + 4 * lane;
+        dsv4_bf16 h[4];
+        uint8_t codes[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            h[i] = at + i < n ? dsv4_f32_to_bf16(w[at + i] * (dsv4_bf16_to_f32(x[at + i]) * r)) : (dsv4_bf16)0;
+            if (out && at + i < n)
+                out[at + i] = h[i];
+            if (plain && at + i < n)
+                plain[at + i] = dsv4_bf16_operand(h[i]);
+        }
+        if (quant) {
+            warp_act_quant(h, codes);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (at + i < n)
+                    quant[at + i] = h[i];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------ a row in shared memory, by a block
+
+// row[c] = rmsnorm of row, whose mean square is known; then the last 2 n_pair rotated by the table at cos, sin.
+DSV4_DEVICE void block_norm_rope(dsv4_bf16 *row, const float *w, int32_t n, float r, const float *cos, const float *sin,
+                                 int32_t n_pair) {
+    for (int32_t c = (int32_t)threadIdx.x; c < n; c += ROW_THREADS)
+        row[c] = dsv4_f32_to_bf16(w[c] * (dsv4_bf16_to_f32(row[c]) * r));
+    __syncthreads();
+    dsv4_bf16 *x = row + n - 2 * n_pair;
+    for (int32_t i = (int32_t)threadIdx.x; i < n_pair; i += ROW_THREADS) {
+        float a = dsv4_bf16_to_f32(x[2 * i]), b = dsv4_bf16_to_f32(x[2 * i + 1]);
+        x[2 * i] = dsv4_f32_to_bf16(a * cos[i] - b * sin[i]);
+        x[2 * i + 1] = dsv4_f32_to_bf16(a * sin[i] + b * cos[i]);
+    }
+    __syncthreads();
+}
+
+// kv_store by all warps of a block; `row` in any memory.
+DSV4_DEVICE void block_kv_store(uint8_t *out, const dsv4_bf16 *row, enum dsv4_kv_format f, int32_t d_head,
+                                int32_t d_rope) {
+    int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
+    int32_t nope = f == DSV4_KV_FP8 ? d_head - d_rope : 0, groups = nope / DSV4_KV_GROUP;
+    uint8_t *scales = out + nope + 2 * (d_head - nope);
+    for (int32_t g = warp; g < groups; g += ROW_WARPS) {
+        int32_t at = g * DSV4_KV_GROUP + 2 * lane;
+        dsv4_bf16 h[2] = {row[at], row[at + 1]};
+        uint8_t scale = warp_scale<2>(h, 1e-4f, 1.0f / 448.0f);
+        out[at] = fp8_code(h[0], scale);
+        out[at + 1] = fp8_code(h[1], scale);
+        if (lane == 0)
+            scales[g] = scale;
+    }
+    for (int32_t d = nope + (int32_t)threadIdx.x; d < d_head; d += ROW_THREADS)
+        memcpy(out + nope + 2 * (d - nope), row + d, 2);
+    if (f == DSV4_KV_FP8) {
+        int32_t end = (int32_t)(out + dsv4_kv_row_bytes(f, d_head, d_rope) - scales);
+        for (int32_t i = groups + (int32_t)threadIdx.x; i < end; i += ROW_THREADS)
+            scales[i] = 0;
+    }
+}
+
+// Hadamard of n values in shared memory, in place; `y` is room for n floats.
+DSV4_DEVICE void block_hadamard(dsv4_bf16 *row, float *y, int32_t n) {
+    int32_t i = (int32_t)threadIdx.x;
+    float scale = (float)(1.0 / sqrt((double)n));
+    if (i < n)
+        y[i] = dsv4_bf16_to_f32(row[i]);
+    __syncthreads();
+    for (int32_t stride = 1; stride < n; stride *= 2) {
+        if (i < n && !(i & stride)) {
+            float a = y[i], b = y[i + stride];
+            y[i] = a + b;
+            y[i + stride] = a - b;
+        }
+        __syncthreads();
+    }
+    if (i < n)
+        row[i] = dsv4_f32_to_bf16(y[i] * scale);
+    __syncthreads();
+}
+
+// index_store by all warps of a block.
+DSV4_DEVICE void block_index_store(uint8_t *out, const dsv4_bf16 *row, int32_t n) {
+    int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
+    for (int32_t g = warp; g < n / DSV4_INDEX_GROUP; g += ROW_WARPS) {
+        dsv4_bf16 h = row[g * DSV4_INDEX_GROUP + lane];
+        uint8_t scale = warp_scale<1>(&h, 0x1.8p-124f, 1.0f / 6.0f);
+        uint32_t code = scale == 255 ? 0u : dsv4_e2m1_from_f32(dsv4_bf16_to_f32(h) * inverse_scale(scale));
+        uint32_t high = __shfl_xor_sync(DSV4_FULL_WARP, code, 1);
+        if (lane % 2 == 0)
+            out[(g * DSV4_INDEX_GROUP + lane) / 2] = (uint8_t)(code | high << 4);
+        if (lane == 0)
+            out[n / 2 + g] = scale;
+    }
+}

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every CUDA kernel on the CPU against `ref`, and compiles all of them for devices.
+
+    python tests/cuda/build_cuda.py --run [-- arguments]      kernels/cuda/*.cu by g++ over host.h
+    python tests/cuda/build_cuda.py --compile [sm_90a ...]    by nvcc; registers against budgets
+
+Without architectures --compile takes all that are shipped; warnings are errors in both.  nvcc is
+the one of the PATH, of CUDA_HOME, or of NVIDIA's Python packages (nvidia-cuda-nvcc and others).
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "cuda"
+INCLUDE = [f"-I{ROOT / folder}" for folder in (
+    ".", "kernels", "kernels/cuda", "kernels/cpu/ref", "tests/cuda", "tests/c")]
+C_FLAGS = ["-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off"]
+C_WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wundef", "-Werror"]
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true",
+    "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden",
+]
+ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "sm_120"]
+
+# most registers a thread and bytes of shared memory a block of any kernel in a file may use, on
+# every architecture; spills are never allowed
+BUDGETS = {
+    "linear": (128, 35000),
+    "linear_many": (255, 26000),
+    "rows": (48, 9000),
+}
+# files without kernels
+OTHER = {"plugin"}
+
+
+def families() -> list[str]:
+    """The names <family> of the files check_<family>.c."""
+    return sorted(p.stem.removeprefix("check_") for p in HERE.glob("check_*.c")
+                  if p.stem != "check_cuda")
+
+
+def parallel(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """Runs all commands; the output of one that fails is shown and ends the program."""
+    def one(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = list(pool.map(one, commands))
+    for done in results:
+        if done.returncode:
+            sys.exit(f"{' '.join(done.args)}\n{done.stdout}{done.stderr}")
+    return results
+
+
+def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Compiles the kernels for the CPU with their checks and returns the program."""
+    table = folder / "families.c"
+    names = families()
+    table.write_text("\n".join([
+        '#include "check.h"', *(f"void check_{name}(void);" for name in names),
+        "struct check_family { const char *name; void (*run)(void); };",
+        "extern const struct check_family check_families[];",
+        "const struct check_family check_families[] = {",
+        *(f'    {{"{name}", check_{name}}},' for name in names), "    {0, 0}};", ""]))
+    c_files = [*(ROOT / "kernels" / "cpu").glob("*.c"), *(ROOT / "kernels/cpu/ref").glob("*.c"),
+               ROOT / "tests" / "c" / "check.c", *HERE.glob("*.c"), table]
+    kernels = [p for p in (ROOT / "kernels" / "cuda").glob("*.cu") if p.stem in BUDGETS]
+    commands, objects = [], []
+    for source in sorted([*c_files, *kernels, HERE / "host.cpp"]):
+        objects.append(str(folder / f"{source.name}.o"))
+        kind = (["gcc", "-std=c11"] if source.suffix == ".c" else
+                ["g++", "-std=c++17", "-Wno-unknown-pragmas", "-x", "c++"])
+        commands.append([*kind, *C_FLAGS, *C_WARN, *flags, *INCLUDE, "-c", str(source),
+                         "-o", objects[-1]])
+    parallel(commands)
+    program = folder / "checks"
+    parallel([["g++", *objects, *flags, "-pthread", "-lm", "-o", str(program)]])
+    return program
+
+
+def nvcc() -> list[str] | None:
+    """The command of nvcc with what it needs, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for found in (shutil.which("nvcc"), shutil.which("nvcc", path=f"{home}/bin")):
+        if found:
+            return [found]
+    spec = importlib.util.find_spec("nvidia")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        found = shutil.which("nvcc", path=f"{place}/cu13/bin")
+        if found:
+            return [found]
+    return None
+
+
+def usage(report: str) -> list[tuple[str, int, int, int]]:
+    """(kernel, registers, bytes of shared memory, bytes spilled) from `ptxas -v`."""
+    out = []
+    for part in report.split("Compiling entry function '")[1:]:
+        used = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        assert used and spilled, part
+        out.append((part.partition("'")[0], int(used[1]), int(shared[1]) if shared else 0,
+                    int(spilled[1]) + int(spilled[2])))
+    return out
+
+
+def compile_all(architectures: list[str], verbose: bool) -> None:
+    """Compiles every kernel for these architectures and checks what each uses."""
+    compiler = nvcc()
+    if not compiler:
+        sys.exit("nvcc was not found: neither in the PATH, in CUDA_HOME, nor in Python's packages")
+    files = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
+    jobs = [(source, arch) for source in files if source.stem in BUDGETS for arch in architectures]
+    with tempfile.TemporaryDirectory() as folder:
+        results = parallel([
+            [*compiler, *NVCC_FLAGS, *INCLUDE[:4], f"-arch={arch}", "-Xptxas", "-v", "-c",
+             str(source), "-o", f"{folder}/{source.stem}.{arch}.o"] for source, arch in jobs])
+    broken = []
+    for (source, arch), done in zip(jobs, results, strict=True):
+        kernels = usage(done.stdout + done.stderr)
+        registers, shared = BUDGETS[source.stem]
+        for name, used, held, spilled in kernels:
+            if verbose:
+                print(f"{arch:7} {source.stem:11} {used:4} registers {held:6} bytes shared  {name}")
+            if used > registers or held > shared or spilled:
+                broken.append(
+                    f"{arch} {source.name} {name}: {used} registers (at most {registers}), {held} "
+                    f"bytes of shared memory (at most {shared}), {spilled} spilled")
+        print(f"{arch} {source.name}: {len(kernels)} kernels, at most "
+              f"{max((k[1] for k in kernels), default=0)} registers, "
+              f"{max((k[2] for k in kernels), default=0)} bytes of shared memory")
+    if broken:
+        sys.exit("\n".join(broken))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="check and compile the CUDA kernels")
+    parser.add_argument("--run", action="store_true", help="on the CPU against ref")
+    parser.add_argument("--compile", nargs="*", metavar="ARCH", help="with nvcc")
+    parser.add_argument("--verbose", action="store_true", help="a line for each kernel")
+    parser.add_argument("arguments", nargs="*", help="for the checks: --only, --seed, --list")
+    options = parser.parse_args()
+    if options.compile is not None:
+        compile_all(options.compile or ARCHITECTURES, options.verbose)
+    if options.run:
+        with tempfile.TemporaryDirectory() as scratch:
+            checks = build(Path(scratch))
+            sys.exit(subprocess.run([str(checks), *options.arguments]).returncode)

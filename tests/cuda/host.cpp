@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scheduler of host.h.
+#include "host.h"
+
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 64 << 10, SHARED_BYTES = 48 << 10 };
+enum state { READY, AT_BLOCK, AT_WARP, DONE };
+
+struct copy {
+    void *to;
+    const void *from;
+    int group;
+};
+
+struct fiber {
+    ucontext_t context;
+    jmp_buf jump; // where it stopped: cheaper than swapping contexts, which asks the kernel for signal masks
+    bool started;
+    enum state state;
+    size_t shared_at;
+    unsigned exchanges;
+    int group;
+    std::vector<copy> copies;
+};
+
+fiber fibers[MAX_THREADS];
+unsigned char *stacks;
+jmp_buf scheduler;
+unsigned current, n_threads;
+uint64_t slots[MAX_THREADS / WARP][2][WARP];
+alignas(64) unsigned char shared[SHARED_BYTES];
+void (*kernel_body)(const void *);
+const void *kernel_args;
+const char *kernel_name;
+unsigned launches;
+bool late_copies;
+
+[[noreturn]] void fail(const char *what) {
+    fprintf(stderr, "%s, block %u %u %u, thread %u: %s\n", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, current,
+            what);
+    exit(1);
+}
+
+void body() {
+    kernel_body(kernel_args);
+    if (!fibers[current].copies.empty())
+        fail("ended with an asynchronous copy under way");
+    fibers[current].state = DONE;
+    longjmp(scheduler, 1);
+}
+
+void resume(unsigned t) {
+    fiber &f = fibers[t];
+    current = t;
+    threadIdx = dim3(t);
+    if (setjmp(scheduler))
+        return;
+    if (f.started)
+        longjmp(f.jump, 1);
+    f.started = true;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK_BYTES;
+    f.context.uc_stack.ss_size = STACK_BYTES;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, body, 0);
+    setcontext(&f.context);
+}
+
+void pause(enum state s) {
+    fiber &f = fibers[current];
+    f.state = s;
+    if (!setjmp(f.jump))
+        longjmp(scheduler, 1);
+}
+
+// Lets the threads [first, end) that wait at `s` go on if all of them do.
+bool release(unsigned first, unsigned end, enum state s) {
+    for (unsigned t = first; t < end; t++)
+        if (fibers[t].state != s)
+            return false;
+    for (unsigned t = first; t < end; t++)
+        fibers[t].state = READY;
+    return true;
+}
+
+void run_warp(unsigned first, unsigned turn) {
+    do
+        for (unsigned i = 0; i < WARP; i++) {
+            unsigned t = first + (turn % 3 == 0 ? i : turn % 3 == 1 ? WARP - 1 - i : (i * 13 + turn) % WARP);
+            if (fibers[t].state == READY)
+                resume(t);
+        }
+    while (release(first, first + WARP, AT_WARP));
+}
+
+void run_block(unsigned turn) {
+    memset(shared, 0xff, sizeof shared);
+    for (unsigned t = 0; t < n_threads; t++) {
+        fibers[t].started = false;
+        fibers[t].state = READY;
+        fibers[t].shared_at = fibers[t].exchanges = 0;
+        fibers[t].group = 0;
+    }
+    do
+        for (unsigned i = 0, n = n_threads / WARP; i < n; i++)
+            run_warp((turn % 2 ? n - 1 - i : i) * WARP, turn);
+    while (release(0, n_threads, AT_BLOCK));
+    for (current = 0; current < n_threads; current++)
+        if (fibers[current].state != DONE)
+            fail("waits at a barrier that others do not reach");
+}
+
+} // namespace
+
+void __syncthreads() {
+    pause(AT_BLOCK);
+}
+
+const uint64_t *dsv4_host_exchange(uint64_t value) {
+    fiber &f = fibers[current];
+    uint64_t *all = slots[current / WARP][f.exchanges++ % 2]; // two: a fast lane may already write the next one
+    all[current % WARP] = value;
+    pause(AT_WARP);
+    return all;
+}
+
+void *dsv4_host_shared(size_t bytes) {
+    fiber &f = fibers[current];
+    void *p = shared + f.shared_at;
+    f.shared_at += (bytes + 15) / 16 * 16;
+    if (f.shared_at > SHARED_BYTES)
+        fail("more than 48 KB of shared memory");
+    return p;
+}
+
+void dsv4_host_copy16(void *to, const void *from) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16)
+        fail("an asynchronous copy that is not aligned");
+    if (late_copies)
+        fibers[current].copies.push_back({to, from, fibers[current].group});
+    else
+        memcpy(to, from, 16);
+}
+
+void dsv4_host_copy_commit() {
+    fibers[current].group++;
+}
+
+void dsv4_host_copy_wait(int left) {
+    fiber &f = fibers[current];
+    size_t n = 0;
+    for (const copy &c : f.copies)
+        if (c.group < f.group - left)
+            memcpy(c.to, c.from, 16);
+        else
+            f.copies[n++] = c;
+    f.copies.resize(n);
+}
+
+int dsv4_host_launch(void (*b)(const void *), const void *args, dim3 grid, unsigned threads, const char *name) {
+    if (!stacks)
+        stacks = (unsigned char *)malloc((size_t)MAX_THREADS * STACK_BYTES);
+    kernel_body = b;
+    kernel_args = args;
+    kernel_name = name;
+    n_threads = threads;
+    gridDim = grid;
+    blockDim = dim3(threads);
+    unsigned turn = launches++;
+    late_copies = turn / 2 % 2;
+    if (threads % WARP || threads > MAX_THREADS || !threads)
+        fail("threads of a block are not whole warps");
+    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
+        fail("a grid that is empty or too large");
+    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++)
+                run_block(turn + blockIdx.x);
+    return 0;
+}

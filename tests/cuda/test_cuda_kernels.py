@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on the CPU against `ref`; nvcc compiles them in a step of .ci/run."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import build_cuda  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_kernels_on_the_cpu(tmp_path: Path) -> None:
+    program = build_cuda.build(tmp_path)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == set(build_cuda.families())
+
+
+def test_every_kernel_has_a_budget() -> None:
+    sources = {path.stem for path in (build_cuda.ROOT / "kernels" / "cuda").glob("*.cu")}
+    assert sources - build_cuda.OTHER == set(build_cuda.BUDGETS)
+
+
+def test_usage_is_read() -> None:
+    report = """ptxas info    : Compiling entry function '_Z1k1a' for 'sm_80'
+ptxas info    : Function properties for _Z1k1a
+    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 37 registers, used 1 barriers, 8208 bytes smem
+"""
+    assert build_cuda.usage(report) == [("_Z1k1a", 37, 8208, 12)]
