@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 import dsv4
 from dsv4 import batch_command
@@ -25,9 +25,7 @@ from dsv4.errors import (
     FormatError,
     NonFiniteLogitsError,
 )
-
-if TYPE_CHECKING:
-    from dsv4.answer import Completion
+from dsv4.output import Output
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 # what a user can cause; anything else is a bug and keeps its traceback
@@ -47,7 +45,9 @@ SAMPLING = (
     ("frequency-penalty", float, "X", "-2 to 2; 0 is off"),
     ("repetition-penalty", float, "X", "above 0; 1 is off"),
 )
-CHAT_HELP = "/new starts over, /think switches reasoning on and off, /exit (or Ctrl-D) leaves"
+CHAT_HELP = (
+    "Each line is a message; lines that begin with / are commands, /help lists them: they save and "
+    "load the conversation, fork it and take turns back.  Ctrl-C stops a reply, Ctrl-D leaves.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,7 +227,7 @@ def _generate(args: argparse.Namespace) -> int:
     if chat:
         prompt = [*_system(args), {"role": "user", "content": prompt}]
     with _load(args) as model, model.stream(prompt, **arguments, **sampling) as events:
-        out = _Output(sys.stdout, hidden=args.json or args.n not in (None, 1))
+        out = Output(sys.stdout, hidden=args.json or args.n not in (None, 1))
         for event in events:
             out.show(event)
         out.end()
@@ -257,48 +257,6 @@ def _chat_arguments(args: argparse.Namespace) -> dict[str, Any]:
                 reasoning_effort=args.reasoning_effort)
 
 
-class _Output:
-    """Text as it comes; reasoning dimmed on a terminal, set apart by lines elsewhere."""
-
-    def __init__(self, file: TextIO, hidden: bool = False) -> None:
-        self.file = file
-        self.hidden = hidden
-        self.styled = file.isatty() and not os.environ.get("NO_COLOR")
-        self.kind = "text"
-        self.last = "\n"
-        if hasattr(file, "reconfigure"):
-            file.reconfigure(errors="backslashreplace")
-
-    def show(self, event: "dsv4.Event") -> None:
-        text = event.text
-        if event.tool_call is not None:
-            text = json.dumps(event.tool_call["function"], ensure_ascii=False) + "\n"
-        if self.hidden or not text:
-            return
-        if event.kind != self.kind:
-            self._switch(event.kind)
-        self.file.write(text)
-        self.file.flush()
-        self.last = text[-1]
-
-    def _switch(self, kind: str) -> None:
-        if self.last != "\n":
-            self.file.write("\n")
-        if self.styled:
-            self.file.write("\x1b[2m" if kind == "reasoning" else "\x1b[0m")
-        elif "reasoning" in (kind, self.kind):
-            self.file.write("<think>\n" if kind == "reasoning" else "</think>\n")
-        self.kind = kind
-
-    def end(self) -> None:
-        """End the last line."""
-        if self.kind == "reasoning":
-            self._switch("text")
-        elif self.last != "\n":
-            self.file.write("\n")
-        self.file.flush()
-
-
 # ---- batch ----
 
 def _batch(args: argparse.Namespace) -> int:
@@ -316,70 +274,11 @@ def _batch(args: argparse.Namespace) -> int:
 # ---- chat ----
 
 def _chat(args: argparse.Namespace) -> int:
+    from dsv4 import chat
+
     sampling = _sampling(args)
     with _load(args) as model:
-        talk = _Talk(model, args, sampling)
-        if sys.stdin.isatty():
-            _say(f"{model.kind}\n{CHAT_HELP}")
-        while True:
-            try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
-            except EOFError:
-                return 0
-            if line == "/exit":
-                return 0
-            if line == "/new":
-                talk.restart()
-            elif line == "/think":
-                args.thinking = not args.thinking
-                _say(f"reasoning is {'on' if args.thinking else 'off'}")
-            elif line.startswith("/"):
-                _say(f"{line.split()[0]}: unknown; {CHAT_HELP}")
-            elif line:
-                talk.answer(line)
-
-
-class _Talk:
-    """A conversation."""
-
-    def __init__(
-        self, model: dsv4.Model, args: argparse.Namespace, sampling: dict[str, Any]
-    ) -> None:
-        self.model = model
-        self.args = args
-        self.sampling = sampling
-        self.restart()
-
-    def restart(self) -> None:
-        self.messages = _system(self.args)
-
-    def answer(self, line: str) -> None:
-        """Send a message and show the answer; Ctrl-C ends the answer, not the conversation."""
-        self.messages.append({"role": "user", "content": line})
-        out = _Output(sys.stdout, hidden=self.args.json)
-        arguments = _chat_arguments(self.args)
-        with self.model.stream(self.messages, **arguments, **self.sampling) as events:
-            try:
-                for event in events:
-                    out.show(event)
-            except KeyboardInterrupt:
-                if not sys.stdin.isatty():
-                    raise
-        out.end()
-        completion = events.completions[0]
-        self.messages.append(_message(completion))
-        if self.args.json:
-            print(json.dumps(completion.as_dict()), flush=True)
-
-
-def _message(completion: "Completion") -> dict[str, Any]:
-    """The assistant's message that an answer is."""
-    message: dict[str, Any] = {"role": "assistant", "content": completion.text}
-    if completion.reasoning:
-        message["reasoning_content"] = completion.reasoning
-    if completion.tool_calls:
-        message["tool_calls"] = completion.tool_calls
-    return message
+        return chat.run(model, args, sampling)
 
 
 # ---- info ----

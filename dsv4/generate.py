@@ -136,7 +136,7 @@ def generate(
     """
     work = _Work(model, prompt, sampling, session, parameters, special, thinking_mode,
                  reasoning_effort, drop_thinking, version)
-    with Stream(work.answers, work.run()) as events:
+    with Stream(work.answers, events_of(model, work.answers)) as events:
         for _ in events:
             pass
         completions = events.completions
@@ -167,7 +167,7 @@ def stream(
     """
     work = _Work(model, prompt, sampling, session, parameters, special, thinking_mode,
                  reasoning_effort, drop_thinking, version)
-    return Stream(work.answers, work.run())
+    return Stream(work.answers, events_of(model, work.answers))
 
 
 class _Work:
@@ -195,15 +195,16 @@ class _Work:
             self.answers += answers(model, one, sampling, session, *form, name=name,
                                     index=len(self.answers))
 
-    def run(self) -> Generator[Event, None, None]:
-        """Step until every answer has ended."""
-        with Scheduler(self.model, concurrency=MAX_LIVE, share_prefixes=False,
-                       isolate=False) as scheduler:
-            for answer in self.answers:
-                scheduler.put(answer)
-            while scheduler.busy:
-                for _, events in scheduler.round():
-                    yield from events
+
+
+def events_of(model: Model, answers: "list[Answer]") -> Generator[Event, None, None]:
+    """Step until every answer has ended."""
+    with Scheduler(model, concurrency=MAX_LIVE, share_prefixes=False, isolate=False) as scheduler:
+        for answer in answers:
+            scheduler.put(answer)
+        while scheduler.busy:
+            for _, events in scheduler.round():
+                yield from events
 
 
 def checked_sampling(

@@ -198,6 +198,7 @@ def test_text_streams() -> None:
 def test_a_terminal_gets_styles(script: Callable[..., Any]) -> None:
     code = """
 import os, pty, sys
+os.environ["TERM"] = "xterm"
 pid, fd = pty.fork()
 if pid == 0:
     os.execv(sys.executable, [sys.executable, "-m", "dsv4", "generate", "Hi", "--thinking",
