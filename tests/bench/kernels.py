@@ -169,8 +169,8 @@ def gates(results: list[Result]) -> list[dict[str, Any]]:
             r.ratio for r in results if r.chosen and r.tokens == tokens and r.format in formats
         ]
         if ratios:
-            lowest = min(ratios)
-            found.append({"gate": title, "wanted": limit, "lowest": float(lowest), "ok": bool(lowest >= limit)})
+            lowest = float(min(ratios))
+            found.append({"gate": title, "wanted": limit, "lowest": lowest, "ok": lowest >= limit})
     return found
 
 
