@@ -319,6 +319,55 @@ dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *model, int32_t layer, u
                              const uint16_t *streams_in, const int32_t *token_ids, int32_t n,
                              const struct dsv4_tap *taps, dsv4_error *err);
 
+/* ------------------------------------------------------------------------------------------------------------ parts */
+
+/*
+ * What a layer is made of, called on its own with the code that runs inside a step.  d = hidden_size, hc = hc_mult,
+ * H = heads, D = head_dim, E = n_routed_experts, k = num_experts_per_tok; one row for each of n tokens; bf16 unless said
+ * otherwise.  Output pointers may be NULL.
+ */
+enum dsv4_part_kind {
+    DSV4_PART_COLLAPSE,  /* streams -> pre, post, comb, collapsed, y: the collapsed streams after the norm */
+    DSV4_PART_SPREAD,    /* x: a sublayer's output; streams, post, comb -> streams_out */
+    DSV4_PART_ROUTE,     /* x, token_ids -> experts, weights, scores */
+    DSV4_PART_MOE,       /* x, token_ids -> y */
+    DSV4_PART_EXPERT,    /* x, expert, weights -> y */
+    DSV4_PART_COMPRESS,  /* x, state -> entries, index_entries: those that close; the state stays as it is */
+    DSV4_PART_INDEX,     /* x, state -> selected, index_scores; likewise; layers with an indexer */
+    DSV4_PART_ATTEND,    /* x, state -> heads; likewise; with selected in place of the indexer's choice, if given */
+    DSV4_PART_OUTPUT,    /* heads -> y */
+    DSV4_PART_ATTENTION, /* x, state -> y; the tokens' rows become part of the state */
+    DSV4_PARTS
+};
+
+struct dsv4_part {
+    int32_t kind, layer, n;
+    int32_t site;             /* COLLAPSE: 0 before attention, 1 before the experts */
+    int32_t expert;           /* EXPERT: in [0, E]; E is the shared one */
+    int32_t position;         /* with a state: where it is; it must still be there */
+    dsv4_session *state;      /* of dsv4_session_create_layer */
+    const uint16_t *x;        /* [n][d] */
+    const uint16_t *streams;  /* [n][hc][d] */
+    const int32_t *token_ids; /* [n]; where they have no part in the result, zeros */
+    float *pre, *post, *comb; /* [n][hc], [n][hc], [n][hc][hc] */
+    uint16_t *collapsed, *y;  /* [n][d] */
+    uint16_t *streams_out;    /* [n][hc][d] */
+    int32_t *experts;         /* [n][k] in the order of choice */
+    float *weights;           /* [n][k]; of EXPERT [n] */
+    float *scores;            /* [n][E] */
+    uint16_t *entries;        /* [(position + n) / ratio - position / ratio][D] */
+    uint16_t *index_entries;  /* likewise [index_head_dim]; layers with an indexer */
+    int32_t *selected;        /* [n][index_topk] ascending, padded with -1 */
+    float *index_scores;      /* [n][(position + n) / ratio]; NaN where a token does not see an entry */
+    uint16_t *heads;          /* [n][H][D] */
+};
+
+/* A session that is the state of one layer's attention: for parts of that layer, not for steps. */
+dsv4_status dsv4_session_create_layer(dsv4_session **out, dsv4_model *model, int32_t layer, dsv4_error *err);
+
+/* Starts one part; like dsv4_step_start.  The part and what it points to must live until dsv4_run_finish. */
+dsv4_status dsv4_part_start(dsv4_run **out, dsv4_model *model, const struct dsv4_part *part, dsv4_error *err);
+
 int dsv4_run_wait(dsv4_run *run, int milliseconds); /* 1: still running after that time; 0: done */
 void dsv4_run_cancel(dsv4_run *run);                /* tiles poll it: the run ends within about a tile's time */
 /* Tokens whose last layer is done, for a progress display; any thread. */

@@ -281,15 +281,16 @@ def hc_pre(
     norm_eps: float = 1e-6,
     hc_eps: float = 1e-6,
     head: bool = False,
+    pre: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """uint16 [hc, d] -> x uint16 [d], post f32 [hc], comb f32 [hc, hc]."""
+    """uint16 [hc, d] -> x uint16 [d], post f32 [hc], comb f32 [hc, hc]; fills pre f32 [hc]."""
     hc, d = streams.shape
     x = np.empty(d, np.uint16)
     post, comb = np.full(hc, np.nan, np.float32), np.full((hc, hc), np.nan, np.float32)
     kept = [u16(streams), f32(dots), f32(scale), f32(base)]
     assert kept[1].size == kept[3].size == (hc if head else (2 + hc) * hc)
     out = (pointer(x), None if head else pointer(post), None if head else pointer(comb))
-    a = HcPreArgs(*out, *map(pointer, kept), hc, d, iters, norm_eps, hc_eps)
+    a = HcPreArgs(*out, *map(pointer, kept), hc, d, iters, norm_eps, hc_eps, pointer(pre))
     v(a)
     return x, post, comb
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dsv4 import _core
 from dsv4.arrays import Float32, Int32, Logits, Prompt, check_logits, check_room
 from dsv4.checkpoint import Checkpoint
-from dsv4.layers import Layer
+from dsv4.layers import Layer, Layers
 from dsv4.memory import Plan, size
 from dsv4.session import CHECKPOINTS, Session, check_checkpoints
 from dsv4.tensors import Tensors
@@ -74,7 +74,7 @@ class Model:
         self._shards = len(checkpoint.shards)
         self.threads = self._core.threads
         self.tensors = Tensors(core, checkpoint.tensors)
-        self.layers = tuple(Layer(self, i) for i in range(self.config.num_hidden_layers))
+        self.layers = Layers(Layer(self, i) for i in range(self.config.num_hidden_layers))
 
     @property
     def kernel_info(self) -> dict[str, str]:

@@ -99,7 +99,7 @@ static dsv4_status fill_locked(dsv4_session *s, int32_t position, uint64_t seed,
     DSV4_TRY(dsv4_kv_own(&s->kv, err));
     DSV4_TRY(dsv4_kv_reserve(s->kv, position - from, err));
     if (position > from)
-        for (int32_t i = 0; i < s->model->config.num_hidden_layers; i++)
+        for (int32_t i = s->kv->first_layer; i < s->kv->end_layer; i++)
             fill_layer(s->kv, i, from, position, seed);
     for (const int32_t token = TOKEN; s->kv->position < position;)
         dsv4_kv_commit(s->kv, &token, 1);

@@ -77,9 +77,9 @@ static uint32_t add_parts(const struct dsv4_row_store *store, int32_t row, int32
 
 static dsv4_status blocks_locked(dsv4_session *s, int32_t layer, int32_t kind, const uint8_t **data, uint64_t *nbytes,
                                  int32_t *n_part, uint32_t *crcs, int32_t first, int32_t n, dsv4_error *err) {
-    int32_t layers = s->model->config.num_hidden_layers;
-    if (layer < 0 || layer >= layers)
-        return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer, layers);
+    if (layer < s->kv->first_layer || layer >= s->kv->end_layer)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [%d, %d)", layer, s->kv->first_layer,
+                         s->kv->end_layer);
     int32_t rows = rows_of(s->kv, layer, kind), blocks = (rows + DSV4_STATE_BLOCK - 1) / DSV4_STATE_BLOCK;
     if (first < 0 || n < 0 || n > blocks - first)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "blocks of layer %d: got [%d, %lld), wanted a range within [0, %d)", layer,

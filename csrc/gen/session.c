@@ -32,6 +32,17 @@ dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, int32_t m
     return status;
 }
 
+dsv4_status dsv4_session_create_layer(dsv4_session **out, dsv4_model *model, int32_t layer, dsv4_error *err) {
+    struct dsv4_kv *kv;
+    if (layer < 0 || layer >= model->config.num_hidden_layers)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer,
+                         model->config.num_hidden_layers);
+    DSV4_TRY(dsv4_kv_create(&kv, model, layer, layer + 1, err));
+    dsv4_status status = dsv4_session_of(out, model, kv, 0, err);
+    dsv4_kv_release(kv);
+    return status;
+}
+
 static void forget(dsv4_session *s) {
     for (int32_t i = 0; i < s->n_kept; i++)
         dsv4_kv_release(s->kept[i]);
@@ -144,8 +155,9 @@ static dsv4_status rows_locked(dsv4_session *s, int32_t layer, int32_t kind, uin
                                dsv4_error *err) {
     const dsv4_model *m = s->model;
     const struct dsv4_config *c = &m->config;
-    if (layer < 0 || layer >= c->num_hidden_layers)
-        return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [0, %d)", layer, c->num_hidden_layers);
+    if (layer < s->kv->first_layer || layer >= s->kv->end_layer)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "layer: got %d, wanted one in [%d, %d)", layer, s->kv->first_layer,
+                         s->kv->end_layer);
     const struct dsv4_layer *l = &m->layers[layer];
     const struct dsv4_kv_layer *kv = &s->kv->layers[layer];
     int32_t low = 0, high = 0;

@@ -9,7 +9,7 @@
 
 #include "gen/session.h"
 #include "model/experts.h"
-#include "model/pass.h"
+#include "model/part.h"
 #include "model/sites.h"
 
 /* What a run has allocated; the model keeps the last run for the next step, so decoding allocates nothing. */
@@ -43,6 +43,9 @@ struct dsv4_run {
     uint16_t *streams_out;
     const int32_t *token_ids;
     const struct dsv4_tap *taps;
+    /* a part run alone */
+    const struct dsv4_part *part;      /* borrowed, or NULL */
+    struct dsv4_segment state_segment; /* the tokens that enter its state */
 };
 
 /* ---------------------------------------------------------------------------------------------- planning the passes */
@@ -116,6 +119,15 @@ static void copy_streams(const dsv4_worker *w, dsv4_run *r, int out) {
         memcpy(streams, r->streams_in + first * row, n);
 }
 
+/* A layer run alone. */
+static int run_layer(dsv4_worker *w, dsv4_run *r) {
+    copy_streams(w, r, 0);
+    if (dsv4_forward(w, &r->pass, 0))
+        return 1;
+    copy_streams(w, r, 1);
+    return 0;
+}
+
 /* What every worker does from the start of the step to its end. */
 static void step_job(dsv4_worker *w, void *ctx) {
     dsv4_run *r = ctx;
@@ -124,12 +136,8 @@ static void step_job(dsv4_worker *w, void *ctx) {
             dsv4_experts_begin(&r->pass);
         if (dsv4_meet(w, &r->pass) || !r->pass.n_tok)
             return;
-        if (!r->segments)
-            copy_streams(w, r, 0);
-        if (dsv4_forward(w, &r->pass, r->segments != NULL))
+        if (r->part ? dsv4_part(w, &r->pass, r->part) : r->segments ? dsv4_forward(w, &r->pass, 1) : run_layer(w, r))
             return;
-        if (!r->segments)
-            copy_streams(w, r, 1);
         if (dsv4_meet(w, &r->pass))
             return;
         if (w->id == 0)
@@ -271,6 +279,8 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
     DSV4_TRY(lock_sessions(r, err));
     for (int32_t i = 0; i < r->n_segment; i++) {
         struct dsv4_segment *s = &r->segments[i];
+        if (s->session->kv->end_layer - s->session->kv->first_layer < r->model->config.num_hidden_layers)
+            return dsv4_fail(err, DSV4_E_ARGUMENT, "segment %d: got the state of one layer, wanted a session", i);
         DSV4_TRY(check_room(s, err));
         if (s->n > 1)
             dsv4_session_keep_locked(s->session);
@@ -372,6 +382,44 @@ dsv4_status dsv4_layer_start(dsv4_run **out, dsv4_model *m, int32_t layer, uint1
     return DSV4_OK;
 }
 
+/* The state is locked: what was checked of it stays true until the run is finished. */
+static dsv4_status prepare_state(dsv4_run *r, dsv4_error *err) {
+    struct dsv4_segment *s = &r->state_segment;
+    DSV4_TRY(lock_sessions(r, err));
+    DSV4_TRY(dsv4_part_check_state(r->part, r->model, s->session->kv, err));
+    DSV4_TRY(check_room(s, err));
+    DSV4_TRY(dsv4_kv_own(&s->session->kv, err));
+    DSV4_TRY(dsv4_kv_reserve(s->session->kv, s->n, err));
+    DSV4_TRY(dsv4_kv_save(s->session->kv, s->n, err));
+    r->n_saved = 1;
+    return DSV4_OK;
+}
+
+dsv4_status dsv4_part_start(dsv4_run **out, dsv4_model *m, const struct dsv4_part *part, dsv4_error *err) {
+    dsv4_run *r;
+    DSV4_TRY(dsv4_part_check(part, m, err));
+    DSV4_TRY(run_create(&r, m, NULL, NULL, part->state != NULL, err));
+    r->part = part;
+    r->token_ids = part->token_ids;
+    r->n_tok = part->n;
+    r->pass.first_layer = part->layer;
+    r->pass.end_layer = part->layer + (part->kind == DSV4_PART_MOE); /* whose experts hash ids choose */
+    dsv4_status status = DSV4_OK;
+    if (part->state) {
+        r->state_segment = (struct dsv4_segment){.session = part->state, .ids = part->token_ids, .n = part->n};
+        r->segments = &r->state_segment;
+        status = prepare_state(r, err);
+    }
+    if (status == DSV4_OK)
+        status = launch(r, err);
+    if (status != DSV4_OK) {
+        run_release(r);
+        return status;
+    }
+    *out = r;
+    return DSV4_OK;
+}
+
 int dsv4_run_wait(dsv4_run *r, int milliseconds) {
     return dsv4_team_wait(r->model->team, milliseconds);
 }
@@ -419,6 +467,10 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
                            "was", r->pass.unread_layer, r->pass.unread);
     } else if (atomic_load(&r->damage.found)) {
         status = dsv4_rows_fault(DSV4_ROWS_DAMAGED, r->damage.store, r->damage.layer, r->damage.row, err);
+    } else if (atomic_load(&r->bad_layer) != INT_MAX && r->part) {
+        status = dsv4_fail(err, DSV4_E_NONFINITE, "layer %d: a score of its indexer is NaN", r->part->layer);
+        if (err)
+            err->layer = r->part->layer;
     } else if (atomic_load(&r->bad_layer) != INT_MAX) {
         int layer = find_bad_layer(r);
         char where[32] = "the head";
@@ -428,7 +480,7 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
         if (err)
             err->layer = layer;
     }
-    if (status == DSV4_OK)
+    if (status == DSV4_OK && !(r->part && r->part->kind != DSV4_PART_ATTENTION))
         commit(r);
     else
         restore(r);

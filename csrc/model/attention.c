@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The attention sublayer (SPEC 3): projections, rope, compressed entries, the ordered key list, grouped output. */
-#include "model/pass.h"
+#include "model/part.h"
 #include "model/sites.h"
 
 /* Everything that reads the normed input: one phase, one barrier.  Without scores nobody asks for their head weights. */
@@ -198,15 +198,31 @@ static int project_output(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4
     return 0;
 }
 
-int dsv4_attention(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+int dsv4_attention_rows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int scored) {
     const struct dsv4_layer *l = &p->m->layers[layer];
-    int scored = l->kind == DSV4_CSA && dsv4_scores(p, layer);
-    if (project_input(w, p, l, scored) || norm_and_store(w, p, l, layer) || make_queries(w, p, l, scored))
+    return project_input(w, p, l, scored) || norm_and_store(w, p, l, layer);
+}
+
+int dsv4_attention_queries(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int scored) {
+    return make_queries(w, p, &p->m->layers[layer], scored);
+}
+
+int dsv4_attention_heads(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+    return attend(w, p, &p->m->layers[layer], layer);
+}
+
+int dsv4_attention_output(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+    return project_output(w, p, &p->m->layers[layer]);
+}
+
+int dsv4_attention(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+    int csa = p->m->layers[layer].kind == DSV4_CSA, scored = csa && dsv4_scores(p, layer);
+    if (dsv4_attention_rows(w, p, layer, scored) || dsv4_attention_queries(w, p, layer, scored))
         return 1;
-    if (l->kind == DSV4_CSA && dsv4_select(w, p, layer))
+    if (csa && dsv4_select(w, p, layer))
         return 1;
-    if (attend(w, p, l, layer))
+    if (dsv4_attention_heads(w, p, layer))
         return 1;
     dsv4_keep_state(w, p, layer);
-    return project_output(w, p, l);
+    return dsv4_attention_output(w, p, layer);
 }

@@ -3,11 +3,11 @@
 #include <limits.h>
 #include <time.h>
 
-#include "model/pass.h"
+#include "model/part.h"
 #include "model/sites.h"
 
 /* Embedding rows into every stream, and cos and sin of every token for both tables. */
-static int enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
+int dsv4_enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
     const struct dsv4_config *c = &p->m->config;
     struct dsv4_workspace *ws = p->ws;
     int32_t d = c->hidden_size, hc = c->hc_mult, n_pair = c->qk_rope_head_dim / 2;
@@ -104,7 +104,7 @@ static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
 }
 
 int dsv4_forward(dsv4_worker *w, struct dsv4_pass *p, int embed) {
-    if (enter(w, p, embed))
+    if (dsv4_enter(w, p, embed))
         return 1;
     for (int32_t i = p->first_layer; i < p->end_layer; i++)
         if (layer(w, p, i))

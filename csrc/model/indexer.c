@@ -5,7 +5,7 @@
  */
 #include <string.h>
 
-#include "model/pass.h"
+#include "model/part.h"
 #include "model/sites.h"
 
 /* Entries visible to token t of the pass: those whose window has closed, its own included (SPEC 3.7). */
@@ -164,4 +164,10 @@ int dsv4_select(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     }
     DSV4_SYNC(w, p);
     return 0;
+}
+
+int32_t dsv4_score_all(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, float *scores) {
+    int32_t n = visible(p, t, p->m->layers[layer].compressor.ratio);
+    score(w, p, layer, t, 0, n, scores);
+    return n;
 }

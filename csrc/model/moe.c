@@ -4,7 +4,7 @@
  * one more expert, the last, that takes every token.
  */
 #include "model/experts.h"
-#include "model/pass.h"
+#include "model/part.h"
 #include "model/sites.h"
 
 static void hash_ids(const struct dsv4_layer *l, int32_t token, int32_t top_k, int32_t *out) {
@@ -150,13 +150,12 @@ static int up(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
     return 0;
 }
 
-/* This worker's output columns of every expert, then their sum per token: no barrier between. */
+/* This worker's output columns of every expert that has rows. */
 static void down(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
     const struct dsv4_config *c = &p->m->config;
     struct dsv4_workspace *ws = p->ws;
     const struct dsv4_prepared *b = dsv4_prepared(w, p);
-    int32_t d = c->hidden_size, width = c->moe_intermediate_size, per_tok = c->num_experts_per_tok + 1, lo, hi;
-    const dsv4_bf16 **rows = dsv4_scratch(w, p, ws->at_small);
+    int32_t d = c->hidden_size, width = c->moe_intermediate_size, lo, hi;
     dsv4_share_columns(w, p, &lo, &hi);
     for (int32_t e = 0; e <= c->n_routed_experts; e++) {
         int32_t first = b->group_first[e], n = b->group_first[e + 1] - first;
@@ -165,6 +164,15 @@ static void down(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l
         if (n)
             dsv4_linear_rows(w, p, &job, NULL, n, lo, hi);
     }
+}
+
+/* The sum per token of the same columns: no barrier between. */
+static void sum(dsv4_worker *w, struct dsv4_pass *p) {
+    struct dsv4_workspace *ws = p->ws;
+    const struct dsv4_prepared *b = dsv4_prepared(w, p);
+    int32_t d = p->m->config.hidden_size, per_tok = p->m->config.num_experts_per_tok + 1, lo, hi;
+    const dsv4_bf16 **rows = dsv4_scratch(w, p, ws->at_small);
+    dsv4_share_columns(w, p, &lo, &hi);
     for (int32_t t = 0; t < p->n_tok && lo < hi && !dsv4_cancelled(w); t++) {
         for (int32_t j = 0; j < per_tok; j++)
             rows[j] = ws->expert_out + (ptrdiff_t)b->tok_rows[t * per_tok + j] * d + lo;
@@ -172,12 +180,9 @@ static void down(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l
     }
 }
 
-int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+/* The rows that are grouped by expert, through their experts: this worker's columns of ws->expert_out. */
+static int run_experts(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     const struct dsv4_layer *l = &p->m->layers[layer];
-    if (route(w, p, l, layer))
-        return 1;
-    if (w->id == 0 || p->n_tok == 1)
-        group_rows(p, dsv4_prepared(w, p));
     if (p->m->cache) {
         if (w->id == 0)
             dsv4_experts_fetch(w, p, layer);
@@ -188,5 +193,33 @@ int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     if (up(w, p, l))
         return 1;
     down(w, p, l);
+    return 0;
+}
+
+int dsv4_moe_route(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+    return route(w, p, &p->m->layers[layer], layer);
+}
+
+int dsv4_moe_expert(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int32_t e, const float *weights) {
+    struct dsv4_prepared *b = dsv4_prepared(w, p);
+    if (w->id == 0 || p->n_tok == 1) {
+        for (int32_t i = 0; i < p->m->config.n_routed_experts + 2; i++)
+            b->group_first[i] = i > e ? p->n_tok : 0;
+        for (int32_t t = 0; t < p->n_tok; t++) {
+            b->row_tok[t] = t;
+            b->row_weight[t] = weights[t];
+        }
+    }
+    return run_experts(w, p, layer);
+}
+
+int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+    if (dsv4_moe_route(w, p, layer))
+        return 1;
+    if (w->id == 0 || p->n_tok == 1)
+        group_rows(p, dsv4_prepared(w, p));
+    if (run_experts(w, p, layer))
+        return 1;
+    sum(w, p);
     return 0;
 }

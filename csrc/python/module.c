@@ -6,6 +6,7 @@
 #include "module.h"
 #include "py_dlpack.h"
 #include "py_kernels.h"
+#include "py_part.h"
 #include "py_trace.h"
 
 static int add_type(PyObject *module, PyTypeObject **slot, PyType_Spec *spec) {
@@ -108,11 +109,19 @@ static PyMethodDef module_methods[] = {
                "A session whose rows lie in a file (name, descriptor, size): [((layer, kind, rows, "
                "row bytes), offset, CRC-32C of the blocks), ...].")},
     {"devices", devices_function, METH_VARARGS,
-     PyDoc_STR("devices(plugin, driver, /)\n--\n\n"
-               "(CUDA version, architectures the plugin has code for, [(name, major, minor, "
-               "multiprocessors, total bytes, free bytes,\n"
-               "why it cannot be used or None), ...]) of the plugin at a path, with a driver library "
-               "of that name.")},
+     PyDoc_STR(
+         "devices(plugin, driver, /)\n--\n\n"
+         "(CUDA version, architectures the plugin has code for, [(name, major, minor, "
+         "multiprocessors, total bytes, free bytes,\n"
+         "why it cannot be used or None), ...]) of the plugin at a path, with a driver library "
+         "of that name.")},
+    {"part", part_function, METH_VARARGS,
+     PyDoc_STR("part(model, kind, layer, number, state, token_ids, inputs, /)\n--\n\n"
+               "One part of a layer (enum dsv4_part_kind) on arrays: the outputs as a tuple.  "
+               "number is the site or the expert.")},
+    {"layer_state", layer_state_function, METH_VARARGS,
+     PyDoc_STR("layer_state(model, layer, /)\n--\n\n"
+               "A Session that is the state of one layer's attention.")},
     {"crc32c", checksum_function, METH_VARARGS,
      PyDoc_STR("crc32c(data, value, /)\n--\n\nLike zlib.crc32, of the Castagnoli polynomial.")},
     {NULL, NULL, 0, NULL},

@@ -11,12 +11,7 @@
 
 /* ---- wait ---- */
 
-/*
- * Waits for a run and frees it; DSV4_OK, or another status with an exception set.  When a signal
- * handler raises (Ctrl-C), the run is cancelled and that exception is the result, once: later
- * signals are left to the interpreter.
- */
-static dsv4_status finish_run(const struct module_state *state, dsv4_run *run) {
+dsv4_status finish_run(const struct module_state *state, dsv4_run *run) {
     int running = 1, interrupted = 0;
     dsv4_error err = {0};
     dsv4_status status;

@@ -8,6 +8,13 @@
 /* The capsule of an open model of this process (borrowed), or NULL with an exception set. */
 PyObject *open_handle(const struct module_state *state, ModelObject *model);
 
+/*
+ * Waits for a run and frees it; DSV4_OK, or another status with an exception set.  When a signal
+ * handler raises (Ctrl-C), the run is cancelled and that exception is the result, once: later
+ * signals are left to the interpreter.
+ */
+dsv4_status finish_run(const struct module_state *state, dsv4_run *run);
+
 PyObject *model_step(ModelObject *self, PyObject *args);
 PyObject *model_layer(ModelObject *self, PyObject *args);
 

@@ -16,7 +16,7 @@ static void collapse(int32_t hc, int32_t d, enum check_kind kind, int head) {
     dsv4_bf16 *streams = check_bytes(2 * n), *x = check_bytes(2 * (size_t)d);
     float *dots = check_bytes(4 * gates), *base = check_bytes(4 * gates);
     float *scale = check_bytes(head ? 4 : 12), *post = check_bytes(4 * h);
-    float *comb = check_bytes(4 * h * h);
+    float *comb = check_bytes(4 * h * h), *pre = check_bytes(4 * h);
     check_fill_bf16(streams, n, kind);
     check_fill_f32(dots, gates, kind);
     check_fill_f32(base, gates, CHECK_NORMAL);
@@ -32,17 +32,21 @@ static void collapse(int32_t hc, int32_t d, enum check_kind kind, int head) {
                                  .d_model = d,
                                  .sinkhorn_iters = 1 + (int32_t)check_below(20),
                                  .norm_eps = 1e-6f,
-                                 .hc_eps = 1e-6f};
+                                 .hc_eps = 1e-6f,
+                                 .pre = pre};
     ((dsv4k_hc_pre_fn *)v[0]->fn)(&a);
     for (int i = 0; i < n_variants; i++) {
         struct dsv4_hc_pre_args b = a;
         b.x = check_bytes(2 * (size_t)d);
+        b.pre = check_below(2) ? check_bytes(4 * h) : NULL;
         if (!head) {
             b.post = check_bytes(4 * h);
             b.comb = check_bytes(4 * h * h);
         }
         ((dsv4k_hc_pre_fn *)v[i]->fn)(&b);
         check_equal_bf16("collapsed", v[i], b.x, x, (size_t)d);
+        if (b.pre)
+            check_equal_f32("pre", v[i], b.pre, pre, h);
         if (head)
             continue;
         check_equal_f32("post", v[i], b.post, post, h);

@@ -56,7 +56,7 @@ def test_head_vectors(v, nano, ops):
 
 @each("hc_pre")
 def test_check_vector(v):
-    """SPEC 2.6.  The gates pre are read off streams of which one is 1 and the rest 0."""
+    """SPEC 2.6.  What the gates pre do is read off streams of which one is 2 and the rest 0."""
     i = np.arange(24)
     m = (0.125 * i - 1).astype(F32)
     base = (0.25 * ((7 * i) % 5 - 2)).astype(F32)
@@ -72,7 +72,9 @@ def test_check_vector(v):
     for j in range(4):
         streams = np.zeros((4, 64), np.uint16)
         streams[j] = 0x4000  # 2, mean square 1
-        x, post, comb = hc_pre(v, streams, m, scale, base, norm_eps=0.0)
+        pre = np.full(4, np.nan, F32)
+        x, post, comb = hc_pre(v, streams, m, scale, base, norm_eps=0.0, pre=pre)
+        np.testing.assert_allclose(pre, want_pre, rtol=0, atol=2e-7)
         assert (x == to_bf16(np.array([2 * want_pre[j]], F32))).all()
         np.testing.assert_allclose(post, want_post, rtol=0, atol=2e-7)
         np.testing.assert_allclose(comb, want_comb, rtol=0, atol=2e-7)
