@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4 import plot as plot
     from dsv4.answer import Completion, Event, TokenLogprob
     from dsv4.batch_jobs import BatchReport, run_batch
     from dsv4.completion import parse_completion
@@ -103,8 +104,12 @@ __all__ = [
     "run_batch",
 ]
 
+_MODULES = ("plot",)  # there after `import dsv4` alone, imported when first used
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"dsv4.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'dsv4' has no attribute {name!r}")
     value = getattr(import_module(f"dsv4.{_WHERE[name]}"), name)
@@ -113,4 +118,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
