@@ -368,6 +368,10 @@ dsv4_status dsv4_session_create_layer(dsv4_session **out, dsv4_model *model, int
 /* Starts one part; like dsv4_step_start.  The part and what it points to must live until dsv4_run_finish. */
 dsv4_status dsv4_part_start(dsv4_run **out, dsv4_model *model, const struct dsv4_part *part, dsv4_error *err);
 
+/* Starts the model's head alone: streams [n][hc_mult][hidden_size] bf16, as after a layer -> logits [n][vocab]. */
+dsv4_status dsv4_head_start(dsv4_run **out, dsv4_model *model, float *logits, const uint16_t *streams, int32_t n,
+                            dsv4_error *err);
+
 int dsv4_run_wait(dsv4_run *run, int milliseconds); /* 1: still running after that time; 0: done */
 void dsv4_run_cancel(dsv4_run *run);                /* tiles poll it: the run ends within about a tile's time */
 /* Tokens whose last layer is done, for a progress display; any thread. */

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dsv4.session import Session
     from dsv4.tensors import Tensor
     from dsv4.tokenizer import Tokenizer
+    from dsv4.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ _WHERE = {
     "Scheduler": "scheduler",
     "Tensor": "tensors",
     "Tokenizer": "tokenizer",
+    "Trace": "trace",
 }
 
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "Tensor",
     "TokenLogprob",
     "Tokenizer",
+    "Trace",
     "encode_messages",
     "evaluate",
     "kernel_info",

@@ -63,6 +63,7 @@ class Model:
         trace: Sequence[_Tap] | None,
         /,
     ) -> npt.NDArray[np.uint16]: ...
+    def head(self, streams: npt.NDArray[np.uint16], /) -> npt.NDArray[np.float32]: ...
     # int32 rather than float32, shape of a row, a row for each entry, grows by visible entries
     def value(
         self, layer: int, value: int, /

@@ -28,6 +28,13 @@ def from_bf16(codes: npt.NDArray[np.uint16]) -> Float32:
     return (codes.astype(np.uint32) << 16).view(np.float32)
 
 
+def wanted_rows(rows: Float32 | None, want: int) -> Float32 | None:
+    """The logits a caller wants, of those a step gave; it may have given more for a trace."""
+    if rows is None or want == WANT["none"]:
+        return None
+    return rows if want == WANT["all"] else rows[-1:]
+
+
 def check_room(position: int, n: int, context: int, name: str) -> None:
     """ValueError unless n more tokens fit into the context."""
     if n > context - position:

@@ -13,7 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsv4 import _core
-from dsv4.arrays import Float32, Int32, Logits, Prompt, check_logits, check_room
+from dsv4.arrays import (
+    Float32,
+    Int32,
+    Logits,
+    Prompt,
+    check_logits,
+    check_room,
+    wanted_rows,
+)
 from dsv4.checkpoint import Checkpoint
 from dsv4.layers import Layer, Layers
 from dsv4.memory import Plan, size
@@ -24,6 +32,7 @@ from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 if TYPE_CHECKING:
     from dsv4.answer import Completion
     from dsv4.generate import Stream
+    from dsv4.trace import Trace
 
 
 class Model:
@@ -166,15 +175,91 @@ class Model:
 
         return state_file.fingerprint(self)
 
+    def trace(
+        self, prompt: Prompt, *, special: bool = False, router: Any = None, indexer: Any = None,
+        streams: Any = None, streams_in: Any = None, streams_mid: Any = None, kv: Any = None,
+        attention: Any = None, heads: Any = None, hyper: Any = None, sublayers: Any = None,
+        logits: Logits = "none", nll: bool = False, out: str | os.PathLike[str] | None = None,
+        **unknown: Any,
+    ) -> "Trace":
+        """Run a prompt in a new session, and copy internals out meanwhile.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            As for `Session.append`; `special` too.
+        router : True or list of int
+            Experts, weights and scores.
+        indexer : True or list of int
+            Of CSA layers: scores, and the entries selected.
+        streams, streams_in, streams_mid : True or list of int
+            The residual streams after, before, and between the sublayers of a layer.
+        kv : True or list of int
+            The rows it keeps: of every token, of compressed entries, of the indexer.
+        attention : True or list of int
+            The weight of every key, computed again for the trace alone.
+        heads : True or list of int
+            What each head gives.
+        hyper : True or list of int
+            The hyper-connections: pre, post, comb.
+        sublayers : True or list of int
+            What attention and experts read and give.
+        logits : "all", "last" or "none"
+            Rows to keep.
+        nll : bool
+            Keep -log p of each token.
+        out : path, optional
+            An empty or new folder: everything goes to `.npy` files there instead of memory.
+
+        Returns
+        -------
+        Trace
+            With the session as `session`; a ``with`` block closes both.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Something in the arguments is unknown or out of range; names the nearest.
+        MemoryError, OSError
+            There is less memory, or space in `out`, than it needs; with the bytes.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     with model.trace("To be, or not to be", router=True, streams=[1], nll=True) as t:
+        ...         n = len(t.tokens)
+        ...         same = t.router[1].experts.shape == (n, model.config.num_experts_per_tok)
+        ...         same, t.streams[1].shape[0] == n, len(t.nll) == n - 1
+        (True, True, True)
+        """
+        from dsv4.trace import Trace
+
+        ids = self.ids(prompt, bos=True, special=special)
+        check_room(0, len(ids), self.config.max_position_embeddings, "prompt")
+        traced = Trace(
+            self, router=router, indexer=indexer, streams=streams, streams_in=streams_in,
+            streams_mid=streams_mid, kv=kv, attention=attention, heads=heads, hyper=hyper,
+            sublayers=sublayers, logits=logits, nll=nll, out=out, **unknown)
+        traced.session = self.session()
+        try:
+            traced.append(traced.session, ids, 0)
+        except BaseException:
+            traced.close()
+            raise
+        return traced
+
     def step(
-        self, segments: Iterable[tuple[Session, Prompt]], logits: Logits = "last"
+        self, segments: Iterable[tuple[Session, Prompt] | tuple[Session, Prompt, "Trace | None"]],
+        logits: Logits = "last",
     ) -> list[Float32 | None]:
         """Run one forward pass over several sessions at once.
 
         Parameters
         ----------
-        segments : iterable of (Session, ids or text)
-            What to append to each session, any mix of long and short; a session occurs once.
+        segments : iterable of (Session, ids or text) or (Session, ids or text, Trace)
+            What to append to each session, any mix of long and short; a session occurs once.  A
+            trace copies internals of its session alone.
         logits : "last", "all" or "none"
             Rows to return per segment.
 
@@ -204,15 +289,29 @@ class Model:
         [1, 1]
         """
         want = check_logits(logits)
-        native = []
-        for i, (session, prompt) in enumerate(segments):
+        native: list[Any] = []
+        traces: list[Trace | None] = []
+        for i, (session, prompt, *rest) in enumerate(segments):
             name = f"segments[{i}]"
             if not isinstance(session, Session):
                 raise TypeError(f"{name}: got {type(session).__name__}, wanted a Session")
             ids = self.ids(prompt, name, bos=session.position == 0)
             check_room(session.position, len(ids), self.config.max_position_embeddings, name)
-            native.append((session._core, ids, want, None))
-        return [rows for rows, _ in self._core.step(native, None)]
+            trace = _trace_of(rest, self, f"{name}: trace")
+            if trace is not None and any(trace is other for other in traces):
+                raise ValueError(f"{name}: got one trace twice, wanted one for each session")
+            traces.append(trace)
+            segment: tuple[Any, ...] = (session._core, ids, want, None)
+            if trace is not None:
+                taps = trace.begin(session.position, len(ids))
+                segment = (session._core, ids, trace.want(want), None, taps)
+            native.append(segment)
+        found = [rows for rows, _ in self._core.step(native, None)]
+        for i, trace in enumerate(traces):
+            if trace is not None:
+                trace.take(native[i][1], found[i])
+                found[i] = wanted_rows(found[i], want)
+        return found
 
     def ids(
         self, prompt: Prompt, name: str = "prompt", *, bos: bool = True, special: bool = False
@@ -399,3 +498,12 @@ class Model:
             for name, value in self._facts()
         )
         return f"<b>dsv4.Model</b>: {escape(self.kind)}<table>{rows}</table>"
+
+
+def _trace_of(rest: "list[Trace | None]", model: Model, name: str) -> "Trace | None":
+    """The trace of a segment, if it has one."""
+    if not rest or rest[0] is None:
+        return None
+    from dsv4.trace import checked
+
+    return checked(rest[0], model, name)

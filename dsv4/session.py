@@ -13,6 +13,7 @@ from dsv4.memory import size
 
 if TYPE_CHECKING:
     from dsv4.model import Model
+    from dsv4.trace import Trace
 
 NOW = -1  # DSV4_NOW: the state a session is in when it is forked
 # earlier states a session keeps: by default enough for the last two turns of a conversation
@@ -51,12 +52,17 @@ class Session:
 
     @overload
     def append(
-        self, prompt: Prompt, logits: Literal["last", "all"] = "last", *, special: bool = False
+        self, prompt: Prompt, logits: Literal["last", "all"] = "last", *, special: bool = False,
+        trace: "Trace | None" = None,
     ) -> Float32: ...
     @overload
-    def append(self, prompt: Prompt, logits: Literal["none"], *, special: bool = False) -> None: ...
     def append(
-        self, prompt: Prompt, logits: Logits = "last", *, special: bool = False
+        self, prompt: Prompt, logits: Literal["none"], *, special: bool = False,
+        trace: "Trace | None" = None,
+    ) -> None: ...
+    def append(
+        self, prompt: Prompt, logits: Logits = "last", *, special: bool = False,
+        trace: "Trace | None" = None,
     ) -> Float32 | None:
         """Append tokens and compute what follows them.
 
@@ -69,6 +75,8 @@ class Session:
             Rows to return.
         special : bool
             Markers in the text become their ids; else they are text like any other.
+        trace : Trace, optional
+            Copies internals while these tokens are computed.
 
         Returns
         -------
@@ -98,6 +106,10 @@ class Session:
         position = self.position
         ids = self.model.ids(prompt, bos=position == 0, special=special)
         check_room(position, len(ids), self.model.config.max_position_embeddings, "prompt")
+        if trace is not None:
+            from dsv4.trace import checked
+
+            return checked(trace, self.model).append(self, ids, want)
         ((rows, _),) = self.model._core.step([(self._core, ids, want, None)], None)
         return rows
 

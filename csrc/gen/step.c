@@ -25,7 +25,7 @@ struct kept {
 struct dsv4_run {
     dsv4_model *model;
     struct kept kept;              /* owned */
-    struct dsv4_segment *segments; /* borrowed; NULL for a layer run alone */
+    struct dsv4_segment *segments; /* borrowed; NULL for a layer or the head run alone */
     int32_t n_segment, n_locked, n_saved;
     float *seconds;                /* borrowed, or NULL */
     struct dsv4_clock clock;
@@ -36,12 +36,13 @@ struct dsv4_run {
     /* one pass at a time, planned by worker 0 */
     struct dsv4_pass pass;
     int32_t segment, offset; /* where the next pass begins */
-    /* a layer run alone */
+    /* a layer or the head run alone */
     struct dsv4_kv *kv; /* owned */
     int32_t layer, n_tok;
     const uint16_t *streams_in;
-    uint16_t *streams_out;
-    const int32_t *token_ids;
+    uint16_t *streams_out;    /* of a layer */
+    float *logits;            /* of the head */
+    const int32_t *token_ids; /* of a layer */
     const struct dsv4_tap *taps;
     /* a part run alone */
     const struct dsv4_part *part;      /* borrowed, or NULL */
@@ -55,7 +56,7 @@ static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const int32_t *ids, int32
     struct dsv4_pass *p = &r->pass;
     p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, taps, row};
     for (int32_t i = 0; i < n; i++) {
-        r->kept.ids[p->n_tok + i] = ids[i];
+        r->kept.ids[p->n_tok + i] = ids ? ids[i] : 0; /* the head reads none */
         r->kept.positions[p->n_tok + i] = position + i;
         r->kept.piece_of[p->n_tok + i] = p->n_piece;
     }
@@ -78,19 +79,27 @@ static void want_rows(dsv4_run *r, const struct dsv4_segment *s, int32_t first, 
     }
 }
 
+/* The next tokens of a layer or the head run alone. */
+static int plan_alone(dsv4_run *r) {
+    struct dsv4_pass *p = &r->pass;
+    int32_t chunk = r->model->options.chunk_tok, n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
+    if (n > 0)
+        add_piece(r, r->kv, r->token_ids ? r->token_ids + r->offset : NULL, n, r->offset, r->taps, r->offset);
+    for (int32_t i = 0; r->logits && i < n; i++)
+        p->wanted[p->n_wanted++] = (struct dsv4_wanted){
+            .logits = r->logits + (size_t)(r->offset + i) * (size_t)r->model->config.vocab_size, .tok = i};
+    r->offset += n;
+    p->asked = dsv4_sites_asked(p, r->kept.asked);
+    return n > 0;
+}
+
 /* Fills the next pass with up to chunk tokens; 0 when nothing is left. */
 static int plan_pass(dsv4_run *r) {
     struct dsv4_pass *p = &r->pass;
     int32_t chunk = r->model->options.chunk_tok;
     p->n_piece = p->n_tok = p->n_wanted = 0;
-    if (!r->segments) {
-        int32_t n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
-        if (n > 0)
-            add_piece(r, r->kv, r->token_ids + r->offset, n, r->offset, r->taps, r->offset);
-        r->offset += n;
-        p->asked = dsv4_sites_asked(p, r->kept.asked);
-        return n > 0;
-    }
+    if (!r->segments)
+        return plan_alone(r);
     while (r->segment < r->n_segment && p->n_tok < chunk) {
         const struct dsv4_segment *s = &r->segments[r->segment];
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
@@ -124,7 +133,8 @@ static int run_layer(dsv4_worker *w, dsv4_run *r) {
     copy_streams(w, r, 0);
     if (dsv4_forward(w, &r->pass, 0))
         return 1;
-    copy_streams(w, r, 1);
+    if (r->streams_out)
+        copy_streams(w, r, 1);
     return 0;
 }
 
@@ -410,6 +420,27 @@ dsv4_status dsv4_part_start(dsv4_run **out, dsv4_model *m, const struct dsv4_par
         r->segments = &r->state_segment;
         status = prepare_state(r, err);
     }
+    if (status == DSV4_OK)
+        status = launch(r, err);
+    if (status != DSV4_OK) {
+        run_release(r);
+        return status;
+    }
+    *out = r;
+    return DSV4_OK;
+}
+
+dsv4_status dsv4_head_start(dsv4_run **out, dsv4_model *m, float *logits, const uint16_t *streams, int32_t n,
+                            dsv4_error *err) {
+    dsv4_run *r;
+    if (n < 1)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "streams: got %d rows, wanted at least one", n);
+    DSV4_TRY(run_create(&r, m, NULL, NULL, 0, err));
+    r->streams_in = streams;
+    r->logits = logits;
+    r->n_tok = n;
+    r->pass.end_layer = 0;
+    dsv4_status status = dsv4_kv_create(&r->kv, m, 0, 0, err);
     if (status == DSV4_OK)
         status = launch(r, err);
     if (status != DSV4_OK) {

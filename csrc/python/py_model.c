@@ -373,6 +373,10 @@ static PyMethodDef model_methods[] = {
      PyDoc_STR("layer($self, layer, streams, ids, trace, /)\n--\n\n"
                "One layer alone from position 0: uint16 bf16 codes [n, hc_mult, hidden_size] in "
                "and out.")},
+    {"head", (PyCFunction)(void (*)(void))model_head, METH_VARARGS,
+     PyDoc_STR("head($self, streams, /)\n--\n\n"
+               "Logits float32 [n, vocab] of streams after a layer: uint16 bf16 codes [n, hc_mult, "
+               "hidden_size].")},
     {"value", (PyCFunction)(void (*)(void))model_value, METH_VARARGS,
      PyDoc_STR("value($self, layer, value, /)\n--\n\n"
                "Rows of a traced value: (int32 rather than float32, shape of a row, one for each "

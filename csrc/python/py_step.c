@@ -297,3 +297,57 @@ done:
     layer_args_free(a);
     return result;
 }
+
+/* ---- head ---- */
+
+struct head_args {
+    PyObject *handle;  /* owned */
+    uint16_t *streams; /* owned */
+    PyObject *out;     /* owned */
+    float *logits;
+};
+
+PyObject *model_head(ModelObject *self, PyObject *args) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    PyObject *streams, *result = NULL;
+    dsv4_run *run = NULL;
+    dsv4_error err = {0};
+    dsv4_status status;
+    if (!PyArg_ParseTuple(args, "O:head", &streams) || !open_handle(state, self))
+        return NULL;
+    struct head_args *a = PyMem_Calloc(1, sizeof *a);
+    if (!a)
+        return PyErr_NoMemory();
+    a->handle = Py_NewRef(self->handle);
+    const struct dsv4_config *config = dsv4_model_config(handle_of(a->handle)->model);
+    int64_t shape[3] = {-1, config->hc_mult, config->hidden_size};
+    a->streams = convert_array(streams, "streams", ARRAY_U16, 3, shape);
+    if (!a->streams)
+        goto done;
+    if (shape[0] > INT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "streams: got %lld rows, wanted at most %d",
+                     (long long)shape[0], INT32_MAX);
+        goto done;
+    }
+    const int64_t rows[2] = {shape[0], self->vocab};
+    a->out = array_new(ARRAY_F32, 2, rows, (void **)&a->logits);
+    if (!a->out || queue_enter(&handle_of(a->handle)->queue) < 0)
+        goto done;
+    Py_BEGIN_ALLOW_THREADS
+    status = dsv4_head_start(&run, handle_of(a->handle)->model, a->logits, a->streams,
+                             (int32_t)shape[0], &err);
+    Py_END_ALLOW_THREADS
+    if (status)
+        raise_status(state, status, &err);
+    else
+        status = finish_run(state, run);
+    queue_leave(&handle_of(a->handle)->queue);
+    if (status == DSV4_OK)
+        result = Py_NewRef(a->out);
+done:
+    PyMem_Free(a->streams);
+    Py_XDECREF(a->out);
+    Py_XDECREF(a->handle);
+    PyMem_Free(a);
+    return result;
+}

@@ -17,5 +17,6 @@ dsv4_status finish_run(const struct module_state *state, dsv4_run *run);
 
 PyObject *model_step(ModelObject *self, PyObject *args);
 PyObject *model_layer(ModelObject *self, PyObject *args);
+PyObject *model_head(ModelObject *self, PyObject *args);
 
 #endif

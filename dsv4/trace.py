@@ -1,0 +1,742 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces: internals of a model, copied out while it runs, as NumPy arrays.
+
+A `Trace` says what to copy, and holds it.  `Model.trace` runs a prompt with one; `Session.append`,
+`Model.step`, `Model.generate`, `Model.stream` and `Model.batch` take one for each session, beside
+others without.  It grows with every step it is given to, a row for each token.  What a model
+computes does not change by a bit, and what was not asked for is neither computed nor copied.
+
+What hooks of TransformerLens are called here, for a layer ``i`` (also as `HOOKS`):
+
+===================================  ==========================================================
+``hook_embed``                       ``streams_in[0]``: the embedding, once in each stream
+``blocks.i.hook_resid_pre``          ``streams_in[i]``: there are hc_mult residual streams
+``blocks.i.ln1.hook_normalized``     ``sublayers[i].attention_in``
+``blocks.i.attn.hook_k``             ``kv[i].window``: one row is key and value of all heads
+``blocks.i.attn.hook_v``             ``kv[i].window``
+``blocks.i.attn.hook_pattern``       ``attention[i].window``, ``.compressed`` and ``.sink``
+``blocks.i.attn.hook_z``             ``heads[i]``
+``blocks.i.hook_attn_out``           ``sublayers[i].attention_out``
+``blocks.i.hook_resid_mid``          ``streams_mid[i]``
+``blocks.i.ln2.hook_normalized``     ``sublayers[i].ffn_in``
+``blocks.i.mlp.hook_expert_indices`` ``router[i].experts``
+``blocks.i.mlp.hook_expert_weights`` ``router[i].weights``
+``blocks.i.hook_mlp_out``            ``sublayers[i].ffn_out``
+``blocks.i.hook_resid_post``         ``streams[i]``
+===================================  ==========================================================
+"""
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4 import _core
+from dsv4.arrays import WANT, Float32, Int32, Logits, to_bf16, wanted_rows
+from dsv4.memory import available_memory, size
+from dsv4.trace_columns import Column, Row
+from dsv4.trace_views import (
+    AttentionTrace,
+    HyperTrace,
+    IndexerTrace,
+    KVTrace,
+    MixTrace,
+    RouterTrace,
+    SublayerTrace,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from dsv4.model import Model
+    from dsv4.session import Session
+
+View = TypeVar("View")
+Select: TypeAlias = bool | Sequence[int] | None
+Tap = tuple[int, int, npt.NDArray[Any]]
+
+# what can be asked for -> values of the engine (enum dsv4_value) that it copies
+PARTS: dict[str, tuple[str, ...]] = {
+    "router": ("experts", "expert_weights", "router_scores"),
+    "indexer": ("index_selected", "index_scores"),
+    "streams": ("streams",),
+    "streams_in": ("streams_in",),
+    "streams_mid": ("streams_mid",),
+    "kv": ("kv", "kv_compressed", "kv_index"),
+    "attention": ("attention_weights", "index_selected"),
+    "heads": ("heads",),
+    "hyper": tuple(f"{site}_{part}" for site in ("attention", "ffn")
+                   for part in ("pre", "post", "comb")),
+    "sublayers": ("attention_in", "attention_out", "ffn_in", "ffn_out"),
+}
+# a hook of TransformerLens -> the expression of a trace
+HOOKS: dict[str, str] = {
+    "hook_embed": "streams_in[0]",
+    "blocks.i.hook_resid_pre": "streams_in[i]",
+    "blocks.i.ln1.hook_normalized": "sublayers[i].attention_in",
+    "blocks.i.attn.hook_k": "kv[i].window",
+    "blocks.i.attn.hook_v": "kv[i].window",
+    "blocks.i.attn.hook_pattern": "attention[i].window",
+    "blocks.i.attn.hook_z": "heads[i]",
+    "blocks.i.hook_attn_out": "sublayers[i].attention_out",
+    "blocks.i.hook_resid_mid": "streams_mid[i]",
+    "blocks.i.ln2.hook_normalized": "sublayers[i].ffn_in",
+    "blocks.i.mlp.hook_expert_indices": "router[i].experts",
+    "blocks.i.mlp.hook_expert_weights": "router[i].weights",
+    "blocks.i.hook_mlp_out": "sublayers[i].ffn_out",
+    "blocks.i.hook_resid_post": "streams[i]",
+}
+NAN, NONE = float("nan"), 0.0
+# tokens whose logits come out at once: 66 MB with the published vocabulary
+ROWS_AT_ONCE = 128
+
+
+class Layers(Mapping[int, View], Generic[View]):
+    """What a trace has of its layers, by layer.
+
+    Raises
+    ------
+    KeyError
+        The layer was not traced; says which were, and how to ask.
+    """
+
+    def __init__(self, part: str, layers: Sequence[int], view: Callable[[int], View]) -> None:
+        self._part, self._layers, self._view = part, layers, view
+
+    def __getitem__(self, layer: int) -> View:
+        if layer in self._layers:
+            return self._view(layer)
+        near = sorted(self._layers, key=lambda i: abs(i - layer) if isinstance(layer, int) else i)
+        have = f"nearest are {sorted(near[:3])}" if near else "none were"
+        raise KeyError(f"{self._part}: layer {layer!r} was not traced ({have}); "
+                       f"ask for it with {self._part}=[{layer}]")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"<dsv4 trace: {self._part} of layers {list(self._layers)}>"
+
+
+class Trace:
+    """What to copy out of a model, and what was copied; see `Model.trace`.
+
+    Give it to `Session.append` (or `Model.step`, `generate`, `stream`, `batch`) as ``trace=``: it
+    grows by a row for each token.  One trace belongs to one timeline: each step continues where the
+    one before ended.
+
+    Parameters
+    ----------
+    model : Model
+    router, indexer, streams, streams_in, streams_mid, kv, attention, heads, hyper, sublayers
+        Layers to copy that part of: True for all that have it, or a list of layers.
+    logits : "all", "last" or "none"
+        Rows to keep.
+    nll : bool
+        Keep -log p of each token given those before it.
+    out : path, optional
+        A folder, empty or new: everything goes to `.npy` files there, which are mapped, instead of
+        memory.  `close` (or the end of a ``with`` block) cuts them to what there is.
+
+    Attributes
+    ----------
+    model : Model
+    position : int
+        Of the first token in its session.
+    session : Session or None
+        With `Model.trace`: where the prompt is; closed with the trace.
+    parts : dict
+        The layers of each part that was asked for.
+
+    Raises
+    ------
+    ValueError, TypeError
+        No such part or layer, or the layer has nothing of the kind: names the nearest.
+
+    Notes
+    -----
+    A step that would need more memory (or space on disk) than there is, is refused before it
+    begins: MemoryError, or OSError with `out`, with the bytes.  A step that fails adds nothing.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> with dsv4.load() as model, dsv4.Trace(model, router=[0], nll=True) as t:
+    ...     session = model.session()
+    ...     _ = session.append([0, 7, 8], trace=t)
+    ...     _ = session.append([9], trace=t)
+    ...     t.router[0].experts.shape[0], t.tokens.tolist(), t.nll.shape
+    (4, [0, 7, 8, 9], (3,))
+    """
+
+    def __init__(
+        self, model: "Model", *, router: Select = None, indexer: Select = None,
+        streams: Select = None, streams_in: Select = None, streams_mid: Select = None,
+        kv: Select = None, attention: Select = None, heads: Select = None, hyper: Select = None,
+        sublayers: Select = None, logits: Logits = "none", nll: bool = False,
+        out: str | os.PathLike[str] | None = None, **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            raise ValueError(f"trace: there is no {name!r}{nearest(name)}")
+        if not isinstance(logits, str) or logits not in WANT:
+            raise ValueError(f"logits: got {logits!r}, wanted 'all', 'last' or 'none'")
+        if not isinstance(nll, bool):
+            raise TypeError(f"nll: got {nll!r}, wanted True or False")
+        self.model = model
+        self.position = 0
+        self.session: Session | None = None
+        self._keeps, self._scores = logits, nll
+        asked = dict(
+            router=router, indexer=indexer, streams=streams, streams_in=streams_in,
+            streams_mid=streams_mid, kv=kv, attention=attention, heads=heads, hyper=hyper,
+            sublayers=sublayers)
+        self.parts = {part: _layers(model, part, which) for part, which in asked.items()
+                      if which is not None and which is not False}
+        self._folder = None if out is None else _new_folder(out)
+        self._make_columns()
+        self._last: Float32 | None = None  # logits after the last token
+        self._started = self._closed = False
+        self._room_end = 0  # the position up to which there is room
+
+    def _make_columns(self) -> None:
+        ratios = self.model.config.compress_ratios
+        self._columns: dict[tuple[str, int], Column] = {}
+        for part, layers in self.parts.items():
+            for name in PARTS[part]:
+                for layer in layers:
+                    shape = self.model._core.value(layer, _core.VALUES.index(name))
+                    if shape is None or (name, layer) in self._columns:
+                        continue
+                    fill = NAN if name == "index_scores" else NONE
+                    self._columns[name, layer] = Column(
+                        Row(*shape), ratios[layer], fill, self._path(f"{name}.{layer}"))
+        self._taps = {(layer, _core.VALUES.index(name)): column
+                      for (name, layer), column in self._columns.items()}
+        vocab = (self.model.config.vocab_size,)
+        self._tokens = self._plain("tokens", True, ())
+        self._logits = self._plain("logits", False, vocab) if self._keeps == "all" else None
+        self._nll = self._plain("nll", False, ()) if self._scores else None
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{name}.npy"
+
+    def _plain(self, name: str, integer: bool, dims: tuple[int, ...]) -> Column:
+        """A column that belongs to no layer; a number is a row of one."""
+        row = Row(integer, dims or (1,), False, False)
+        return Column(row, 0, NONE, self._path(name))
+
+    @property
+    def _all(self) -> list[Column]:
+        others = (self._tokens, self._logits, self._nll)
+        return [*self._columns.values(), *(column for column in others if column is not None)]
+
+    # ---- what there is ----
+
+    def __len__(self) -> int:
+        """Tokens traced."""
+        return self._tokens.n
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers of which anything is traced, ascending."""
+        return sorted({layer for layers in self.parts.values() for layer in layers})
+
+    @property
+    def tokens(self) -> Int32:
+        """The tokens traced: int32 [n]."""
+        return self._tokens.values[:, 0]
+
+    @property
+    def texts(self) -> list[str]:
+        """Each token as text; bytes that are not whole characters are U+FFFD.
+
+        Raises
+        ------
+        ValueError
+            The checkpoint has no tokenizer.
+        """
+        tokenizer = self.model.text_tokenizer("texts")
+        return [tokenizer.decode([token]) for token in self.tokens.tolist()]
+
+    @property
+    def router(self) -> "Layers[RouterTrace]":
+        """By layer: experts, weights and scores (`dsv4.trace_views.RouterTrace`)."""
+        return self._of("router", lambda i: RouterTrace(
+            *(self._value(name, i) for name in PARTS["router"])))
+
+    @property
+    def indexer(self) -> "Layers[IndexerTrace]":
+        """By CSA layer: entries selected and their scores (`dsv4.trace_views.IndexerTrace`)."""
+        ratios = self.model.config.compress_ratios
+        return self._of("indexer", lambda i: IndexerTrace(
+            self._value("index_selected", i), self._value("index_scores", i), ratios[i]))
+
+    @property
+    def attention(self) -> "Layers[AttentionTrace]":
+        """By layer: the weights of every key (`dsv4.trace_views.AttentionTrace`)."""
+        return self._of("attention", self._attention)
+
+    @property
+    def heads(self) -> "Layers[Float32]":
+        """By layer: what each head gives, float32 [n, heads, head_dim], before the output
+        projection, the rotary part turned back; holds bf16 values."""
+        return self._of("heads", lambda i: self._value("heads", i))
+
+    @property
+    def streams(self) -> "Layers[Float32]":
+        """By layer: the residual streams after it, float32 [n, hc_mult, hidden_size]; holds bf16
+        values."""
+        return self._of("streams", lambda i: self._value("streams", i))
+
+    @property
+    def streams_in(self) -> "Layers[Float32]":
+        """By layer: the residual streams before it, as `streams`."""
+        return self._of("streams_in", lambda i: self._value("streams_in", i))
+
+    @property
+    def streams_mid(self) -> "Layers[Float32]":
+        """By layer: the residual streams between attention and experts, as `streams`."""
+        return self._of("streams_mid", lambda i: self._value("streams_mid", i))
+
+    @property
+    def hyper(self) -> "Layers[HyperTrace]":
+        """By layer: pre, post and comb of both sublayers (`dsv4.trace_views.HyperTrace`)."""
+        def mix(site: str, i: int) -> MixTrace:
+            return MixTrace(*(self._value(f"{site}_{part}", i) for part in ("pre", "post", "comb")))
+
+        return self._of("hyper", lambda i: HyperTrace(mix("attention", i), mix("ffn", i)))
+
+    @property
+    def sublayers(self) -> "Layers[SublayerTrace]":
+        """By layer: what both sublayers read and give (`dsv4.trace_views.SublayerTrace`)."""
+        return self._of("sublayers", lambda i: SublayerTrace(
+            *(self._value(name, i) for name in PARTS["sublayers"])))
+
+    @property
+    def kv(self) -> "Layers[KVTrace]":
+        """By layer: the rows it keeps (`dsv4.trace_views.KVTrace`)."""
+        return self._of("kv", self._kv)
+
+    @property
+    def logits(self) -> Float32 | None:
+        """Float32 [n, vocab] ("all"), [1, vocab] ("last") or None: row i is what follows token
+        i."""
+        if self._logits is not None:
+            return self._logits.values
+        return self._last[None] if self._last is not None and self._keeps == "last" else None
+
+    @property
+    def nll(self) -> Float32 | None:
+        """-log p of each token but the first, in nats: float32 [n - 1], entry i of token i + 1; or
+        None.
+        """
+        return None if self._nll is None else self._nll.values[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside, in memory or on disk."""
+        return sum(column.held for column in self._all)
+
+    def lens(self, layer: int, rows: Any = None) -> Float32:
+        """What the model would say if it ended after a layer: its own head on the traced streams.
+
+        Parameters
+        ----------
+        layer : int
+            One of `streams`.
+        rows : slice, int or sequence of int, optional
+            Which tokens; all by default.  Each costs 4 bytes times the vocabulary.
+
+        Returns
+        -------
+        float32 [rows, vocab]
+            Logits; after the last layer the bits of the model's own.
+
+        Raises
+        ------
+        KeyError
+            The streams of this layer were not traced.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     last = len(model.layers) - 1
+        ...     with model.trace("To be, or not", streams=[last], logits="all") as t:
+        ...         (t.lens(last) == t.logits).all()
+        np.True_
+        """
+        streams = self.streams[layer]
+        if rows is not None:
+            streams = streams[np.atleast_1d(np.arange(len(streams))[rows])]
+        if not len(streams):
+            raise ValueError("rows: got none, wanted at least one")
+        need = len(streams) * self.model.config.vocab_size * 4
+        if need > available_memory():
+            raise MemoryError(
+                f"lens: {len(streams)} rows of logits need {size(need)}, "
+                f"{size(available_memory())} are free; wanted fewer rows")
+        return self.model._core.head(to_bf16(streams))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything by name, without copies: position, tokens, and for each part a dict by layer.
+
+        Returns
+        -------
+        dict
+            ``d["router"][7]["experts"]`` is ``t.router[7].experts``.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model, model.trace([0, 7, 8], router=[0]) as t:
+        ...     sorted(t.to_dict()), sorted(t.to_dict()["router"][0])
+        (['position', 'router', 'tokens'], ['experts', 'scores', 'weights'])
+        """
+        found: dict[str, Any] = {"position": self.position, "tokens": self.tokens}
+        for name in ("logits", "nll"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        for part in self.parts:
+            found[part] = {i: plain(view) for i, view in getattr(self, part).items()}
+        return found
+
+    def to_pandas(self, what: Literal["tokens", "router", "indexer"] = "tokens") -> Any:
+        """A pandas DataFrame.
+
+        Parameters
+        ----------
+        what : "tokens", "router" or "indexer"
+            A row for each token (position, token, text, nll); for each layer, token and choice of
+            the router (and expert, weight); for each layer, token and entry selected (and entry,
+            score, first and end of its tokens).
+
+        Raises
+        ------
+        ImportError
+            pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError(
+                "to_pandas needs pandas, which is not installed: pip install pandas") from None
+        tables = {"tokens": self._token_table, "router": self._router_table,
+                  "indexer": self._indexer_table}
+        if what not in tables:
+            raise ValueError(f"what: got {what!r}, wanted one of {', '.join(tables)}")
+        return pandas.DataFrame(tables[what]())
+
+    def close(self) -> None:
+        """End it: `session` is closed, files are cut to what there is.  What was traced can still
+        be read.  Twice is no error."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.session is not None:
+            self.session.close()
+        for column in self._all:
+            column.close()
+        if self._folder is not None:
+            about = {"model": self.model.kind, "position": self.position, "tokens": len(self),
+                     "parts": self.parts}
+            (self._folder / "trace.json").write_text(json.dumps(about, indent=1) + "\n")
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part} of {len(layers)}" for part, layers in self.parts.items())
+        where = "in memory" if self._folder is None else f"in {self._folder}"
+        return (f"<dsv4.Trace of {len(self)} tokens from position {self.position}: "
+                f"{parts or 'no'} layers, {size(self.nbytes)} {where}>")
+
+    # ---- views ----
+
+    def _of(self, part: str, view: Callable[[int], View]) -> "Layers[View]":
+        return Layers(part, self.parts.get(part, []), view)
+
+    def _value(self, name: str, layer: int) -> npt.NDArray[Any]:
+        return self._columns[name, layer].values
+
+    def _attention(self, i: int) -> AttentionTrace:
+        weights, ratio = self._value("attention_weights", i), self.model.config.compress_ratios[i]
+        end = 1 + self.model.config.sliding_window
+        csa = ("index_selected", i) in self._columns
+        if csa:
+            entries = self._value("index_selected", i)
+        else:
+            ranks = np.arange(weights.shape[2] - end)
+            seen = (np.arange(self.position, self.position + len(self)) + 1) // max(ratio, 1)
+            entries = np.where(ranks < seen[:, None], ranks, -1).astype(np.int32)
+        return AttentionTrace(
+            weights[:, :, 1:end], weights[:, :, end:], weights[:, :, 0], entries, self.position,
+            ratio, csa)
+
+    def _kv(self, i: int) -> KVTrace:
+        c = self.model.config
+        ratio = c.compress_ratios[i]
+
+        def entries(name: str, dim: int) -> Float32:
+            column = self._columns.get((name, i))
+            return np.empty((0, dim), np.float32) if column is None else column.values
+
+        return KVTrace(
+            self._value("kv", i), entries("kv_compressed", c.head_dim),
+            entries("kv_index", c.index_head_dim), self.position // ratio if ratio else 0, ratio,
+            ("kv_index", i) in self._columns)
+
+    def _token_table(self) -> dict[str, Any]:
+        table: dict[str, Any] = {
+            "position": np.arange(self.position, self.position + len(self)), "token": self.tokens}
+        if self.model.tokenizer is not None:
+            table["text"] = self.texts
+        if self.nll is not None:
+            table["nll"] = np.concatenate([[NAN], self.nll])[: len(self)]
+        return table
+
+    def _router_table(self) -> dict[str, Any]:
+        n, k = len(self), self.model.config.num_experts_per_tok
+        layers = list(self.router)
+        views = list(self.router.values())
+        return {
+            "layer": np.repeat(np.array(layers, int), n * k),
+            "position": np.tile(np.repeat(np.arange(n) + self.position, k), len(layers)),
+            "choice": np.tile(np.arange(k), n * len(layers)),
+            "expert": np.concatenate([v.experts.ravel() for v in views] or [np.zeros(0, int)]),
+            "weight": np.concatenate(
+                [v.weights.ravel() for v in views] or [np.zeros(0, np.float32)]),
+        }
+
+    def _indexer_table(self) -> dict[str, Any]:
+        table: dict[str, list[Any]] = {
+            name: [np.zeros(0, int)]
+            for name in ("layer", "position", "entry", "score", "first", "end")}
+        for layer, view in self.indexer.items():
+            row, rank = np.nonzero(view.selected >= 0)
+            entry = view.selected[row, rank]
+            ranges = view.ranges(entry)
+            found = (np.full(len(row), layer), row + self.position, entry, view.scores[row, entry],
+                     ranges[:, 0], ranges[:, 1])
+            for name, values in zip(table, found, strict=True):
+                table[name].append(values)
+        return {name: np.concatenate(values) for name, values in table.items()}
+
+    # ---- while a model runs ----
+
+    @property
+    def rows_wanted(self) -> bool:
+        """Whether it needs the logits of all tokens."""
+        return self._scores or self._keeps == "all"
+
+    def want(self, want: int) -> int:
+        """The logits a step must give: what the caller wants, and this."""
+        if self.rows_wanted:
+            return WANT["all"]
+        return max(want, WANT["last"]) if self._keeps == "last" else want
+
+    def begin(self, position: int, n: int) -> list[Tap]:
+        """Make room for n tokens from `position` on, and tell a step where they go.
+
+        Nothing counts until `take`; it may be called again.
+        """
+        if self._closed:
+            raise ValueError("trace: it is closed; wanted an open one")
+        if self._started and position != self.position + len(self):
+            raise ValueError(
+                f"trace: it ends at position {self.position + len(self)}, the session is at "
+                f"{position}; wanted a trace of its own for each session")
+        if not self._started:
+            self.position = position
+        end = position + n
+        if not self._started or end > self._room_end:
+            self._reserve(position, n)
+        taps = []
+        for (layer, value), column in self._taps.items():
+            before, _ = column.needs(self.position, position)
+            rows, _ = column.needs(self.position, end)
+            taps.append((layer, value, column.part(before, rows - before)))
+        return taps
+
+    def _reserve(self, position: int, n: int) -> None:
+        """Room for n tokens from `position` on; beyond the first time for twice as much, if it is
+        there."""
+        self.check_room(position, n)
+        end = position + n
+        if self._started:
+            more = end + min(end - self.position, self.model.config.max_position_embeddings - end)
+            with suppress(MemoryError, OSError):
+                self.check_room(position, more - position)
+                end = more
+        for column in self._all:
+            column.reserve(*column.needs(self.position, end))
+        self._room_end = end
+
+    def take(self, ids: Int32, logits: Float32 | None) -> None:
+        """The step is done: its rows count.  `logits` are all rows where `want` said so."""
+        first, n = self._tokens.n, len(ids)
+        end = self.position + first + n
+        self._started = True
+        for column in self._columns.values():
+            column.n, column.width = column.needs(self.position, end)
+        if self._nll is not None and logits is not None:
+            self._take_nll(ids, logits)
+        if self._logits is not None and logits is not None:
+            self._logits.part(first, n)[:] = logits
+            self._logits.n = first + n
+        if logits is not None:
+            self._last = logits[-1].copy()
+        self._tokens.part(first, n)[:, 0] = ids
+        self._tokens.n = first + n
+
+    def _take_nll(self, ids: Int32, logits: Float32) -> None:
+        assert self._nll is not None
+        known, following = logits[:-1], np.asarray(ids)[1:]
+        if self._last is not None:
+            known, following = np.concatenate([self._last[None], known]), np.asarray(ids)
+        rows = _core.logprobs(np.ascontiguousarray(known), following, 0)
+        at = self._nll.n
+        self._nll.part(at, len(rows))[:, 0] = [-logprob for logprob, _ in rows]
+        self._nll.n = at + len(rows)
+
+    def forget(self) -> None:
+        """Everything that was taken: it begins again."""
+        for column in self._all:
+            column.n = column.width = 0
+        self._last, self._started = None, False
+
+    def check_room(self, position: int, n: int) -> None:
+        """MemoryError, or OSError with a folder, unless n tokens from `position` on have room."""
+        begin = self.position if self._started else position
+        need = {"logits": 0, "others": 0}
+        for column in self._all:
+            name = "logits" if column is self._logits else "others"
+            need[name] += max(0, column.nbytes(begin, position + n) - column.held)
+        total = sum(need.values())
+        if not total:
+            return
+        if self._folder is not None:
+            free, where = shutil.disk_usage(self._folder).free, f"on the disk of {self._folder}"
+        else:
+            free, where = available_memory(), "in memory"
+        if total <= free:
+            return
+        message = (f"trace: {n} tokens need {total:,} bytes ({size(total)}), {free:,} "
+                   f"({size(free)}) are free {where}; wanted fewer layers, parts or tokens")
+        if self._folder is not None:
+            raise OSError(28, message)
+        raise MemoryError(f"{message}, or out=, a folder")
+
+    def append(self, session: "Session", ids: Int32, want: int) -> Float32 | None:
+        """Append ids to a session; returns the logits that `want` says.
+
+        Where the logits of all rows are needed and the caller wants fewer, they come out in pieces,
+        on a fork that takes the session's place when all are done.
+        """
+        core = self.model._core
+        if not self.rows_wanted or want == WANT["all"] or len(ids) <= ROWS_AT_ONCE:
+            taps = self.begin(session.position, len(ids))
+            ((rows, _),) = core.step([(session._core, ids, self.want(want), None, taps)], None)
+            self.take(ids, rows)
+            return wanted_rows(rows, want)
+        self.check_room(session.position, len(ids))
+        before = len(self), self._started, self._last, self._nll.n if self._nll else 0
+        fork = session._core.fork(-1)
+        rows = None
+        try:
+            cuts = [*range(0, len(ids), ROWS_AT_ONCE), len(ids)]
+            for first, end in pairwise(cuts):
+                taps = self.begin(fork.position, end - first)
+                ((rows, _),) = core.step(
+                    [(fork, ids[first:end], WANT["all"], None, taps)], None)
+                self.take(ids[first:end], rows)
+        except BaseException:
+            self._back_to(*before)
+            raise
+        session._core.swap(fork)
+        return wanted_rows(rows, want)
+
+    def _back_to(self, n: int, started: bool, last: Float32 | None, scored: int) -> None:
+        """As it was after its first n tokens."""
+        self._started, self._last = started, last
+        for column in self._columns.values():
+            column.n, column.width = column.needs(self.position, self.position + n)
+        self._tokens.n = n
+        if self._logits is not None:
+            self._logits.n = n
+        if self._nll is not None:
+            self._nll.n = scored
+
+
+def checked(trace: object, model: "Model", name: str = "trace") -> Trace:
+    """A trace of this model; TypeError or ValueError for anything else."""
+    if not isinstance(trace, Trace):
+        raise TypeError(f"{name}: got {type(trace).__name__}, wanted a dsv4.Trace or None")
+    if trace.model is not model:
+        raise ValueError(f"{name}: got one of another model, wanted one of this model")
+    return trace
+
+
+def requested(trace: object, model: "Model") -> Trace:
+    """A trace, or a new one from a dict of the arguments of `Trace`."""
+    if isinstance(trace, Mapping):
+        return Trace(model, **{str(name): value for name, value in trace.items()})
+    if not isinstance(trace, Trace):
+        raise TypeError(f"trace: got {type(trace).__name__}, wanted a dsv4.Trace, a dict of its "
+                        "arguments, or None")
+    return checked(trace, model)
+
+
+def nearest(name: str) -> str:
+    """What somebody may have meant, for a message."""
+    known = [*PARTS, "logits", "nll", "out"]
+    near = difflib.get_close_matches(name, known, 3, 0.6)
+    return f"; nearest are {', '.join(near)}" if near else f"; there are {', '.join(known)}"
+
+
+def _layers(model: "Model", part: str, which: Select) -> list[int]:
+    """The layers of a selection, ascending; all that have the part for True."""
+    c = model.config
+    values = [_core.VALUES.index(name) for name in PARTS[part]]
+    first = values[0]
+    having = [i for i in range(c.num_hidden_layers) if model._core.value(i, first) is not None]
+    if which is True:
+        return having
+    if isinstance(which, int | str | bytes) or not isinstance(which, Sequence | np.ndarray | range):
+        raise TypeError(f"{part}: got {which!r}, wanted True, False or a list of layers")
+    for layer in which:
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+            raise TypeError(f"{part}: got {layer!r}, wanted numbers of layers")
+        if not 0 <= layer < c.num_hidden_layers:
+            raise ValueError(f"{part}: got layer {layer}, wanted 0 to {c.num_hidden_layers - 1}")
+        if layer not in having:
+            near = sorted(sorted(having, key=lambda i: abs(i - layer))[:3])
+            raise ValueError(
+                f"{part}: layer {layer} is {c.layer_kind(int(layer))} and has none; nearest that "
+                f"have are {near}")
+    return sorted({int(layer) for layer in which})
+
+
+def _new_folder(out: str | os.PathLike[str]) -> Path:
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out: {folder} is there and not empty; wanted an empty or a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
