@@ -128,7 +128,7 @@ static void copy_streams(const dsv4_worker *w, dsv4_run *r, int out) {
         memcpy(streams, r->streams_in + first * row, n);
 }
 
-/* A layer run alone. */
+/* A layer run alone, or none and the head. */
 static int run_layer(dsv4_worker *w, dsv4_run *r) {
     copy_streams(w, r, 0);
     if (dsv4_forward(w, &r->pass, 0))
