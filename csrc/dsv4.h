@@ -140,10 +140,11 @@ dsv4_status dsv4_session_create(dsv4_session **out, dsv4_model *model, int32_t m
 
 /*
  * A session of its own that begins at the newest state of `session` at or before position `at`: what it is now, one
- * that it has kept, or position 0.  Nothing is copied until one of them moves on, and then only what is written.
+ * that it has kept, or position 0.  Nothing is copied until one of them moves on, and then only what is written.  It keeps
+ * up to `most_kept` states, the newest of `session`'s to begin with.
  */
-enum { DSV4_NOW = -1 };
-dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *session, int32_t at, dsv4_error *err);
+enum { DSV4_NOW = -1, DSV4_AS_MANY = -1 };
+dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *session, int32_t at, int32_t most_kept, dsv4_error *err);
 /* Exchanges the timelines of two sessions of one model. */
 void dsv4_session_swap(dsv4_session *a, dsv4_session *b);
 void dsv4_session_destroy(dsv4_session *session); /* NULL is legal; waits for a running step */

@@ -25,7 +25,8 @@ from dsv4.arrays import (
 from dsv4.checkpoint import Checkpoint
 from dsv4.layers import Layer, Layers
 from dsv4.memory import Plan, size
-from dsv4.session import CHECKPOINTS, Session, check_checkpoints
+from dsv4.prefixes import SharedPrefixes
+from dsv4.session import CHECKPOINTS, NOW, Session, check_checkpoints
 from dsv4.tensors import Tensors
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -82,6 +83,7 @@ class Model:
         self._mapped = bool(options["use_mmap"])
         self._shards = len(checkpoint.shards)
         self.threads = self._core.threads
+        self._prefixes = SharedPrefixes()
         self.tensors = Tensors(core, checkpoint.tensors)
         self.layers = Layers(Layer(self, i) for i in range(self.config.num_hidden_layers))
 
@@ -95,14 +97,30 @@ class Model:
         """Whether `close` was called."""
         return self._core.closed
 
-    def session(self, *, checkpoints: int = CHECKPOINTS) -> Session:
-        """Start a session at position 0.
+    def session(
+        self, prefix: Prompt | Session | None = None, *, checkpoints: int = CHECKPOINTS,
+        special: bool = False,
+    ) -> Session:
+        """Start a session, at position 0 or after a prefix that others share.
 
         Parameters
         ----------
+        prefix : str, sequence of int or Session, optional
+            What the session begins with: text (begin-of-sentence is put first), ids, or the tokens
+            of another session, which is forked.  Sessions share the state of equal beginnings,
+            and it is computed once: the model keeps the states after prefixes of 32 tokens and
+            more, and where two of them part, in at most a quarter of the memory that is free for
+            states; those not used for longest go first.
         checkpoints : int
             How many earlier states it keeps for `Session.rewind`, 0 to 1024; each takes as much
             memory as a session of a few tokens.
+        special : bool
+            Markers in a prefix that is text become their ids; else they are text like any other.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The prefix is empty, out of range, longer than the context, or of another model.
 
         Examples
         --------
@@ -112,8 +130,22 @@ class Model:
         ...     logits = session.append([0, 5])
         ...     session.position, logits.shape == (1, model.config.vocab_size)
         (2, True)
+        >>> with dsv4.load() as model:
+        ...     scene = "ROMEO: But soft, what light through yonder window breaks? " * 4
+        ...     one, two = model.session(scene), model.session(scene)
+        ...     bool((one.append(" It") == two.append(" It")).all())
+        True
         """
-        return Session(self, _core.Session(self._core, check_checkpoints(checkpoints)))
+        kept = check_checkpoints(checkpoints)
+        if isinstance(prefix, Session):
+            if prefix.model is not self:
+                raise ValueError("prefix: got a session of another model, wanted one of this model")
+            return Session(self, prefix._core.fork(NOW, kept))
+        if prefix is None:
+            return Session(self, _core.Session(self._core, kept))
+        ids = self.ids(prefix, "prefix", special=special)
+        check_room(0, len(ids), self.config.max_position_embeddings, "prefix")
+        return self._prefixes.session(self, ids, kept)
 
     def load_session(
         self, path: str | os.PathLike[str], *, checkpoints: int = CHECKPOINTS,
@@ -453,6 +485,7 @@ class Model:
 
     def close(self) -> None:
         """Give up the weights.  Sessions of the model can no longer step; twice is no error."""
+        self._prefixes.close()
         self._core.close()
 
     def __enter__(self) -> "Model":

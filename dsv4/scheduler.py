@@ -377,7 +377,7 @@ class Scheduler:
         """Give a sequence its session: the longest beginning that is kept, or an empty one."""
         fork = None
         if self._prefixes is not None and answer.sharable:
-            fork = self._prefixes.longest(answer.prompt)
+            fork = self._prefixes.longest(answer.model, answer.prompt)
             has = 0 if fork is None else fork.position
             with self._lock:
                 others = [h.answer.prompt for h in self._waiting if h.answer.sharable]

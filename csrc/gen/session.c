@@ -83,24 +83,29 @@ static struct dsv4_kv *newest(const dsv4_session *s, int32_t position) {
     return NULL;
 }
 
-static dsv4_status fork_locked(dsv4_session **out, dsv4_session *s, int32_t at, dsv4_error *err) {
+static dsv4_status fork_locked(dsv4_session **out, dsv4_session *s, int32_t at, int32_t most_kept, dsv4_error *err) {
+    int32_t n = 0;
     if (at == DSV4_NOW)
         at = s->kv->position;
+    if (most_kept == DSV4_AS_MANY)
+        most_kept = s->most_kept;
     if (at < 0 || at > s->kv->position)
         return dsv4_fail(err, DSV4_E_ARGUMENT, "position: got %d, wanted 0 to %d, where the session is", at,
                          s->kv->position);
     struct dsv4_kv *kv = newest(s, at);
     if (!kv)
-        return dsv4_session_create(out, s->model, s->most_kept, err);
-    DSV4_TRY(dsv4_session_of(out, s->model, kv, s->most_kept, err));
-    for (int32_t i = 0; i < s->n_kept && s->kept[i]->position <= at; i++)
+        return dsv4_session_create(out, s->model, most_kept, err);
+    DSV4_TRY(dsv4_session_of(out, s->model, kv, most_kept, err));
+    while (n < s->n_kept && s->kept[n]->position <= at)
+        n++;
+    for (int32_t i = n > most_kept ? n - most_kept : 0; i < n; i++)
         (*out)->kept[(*out)->n_kept++] = dsv4_kv_retain(s->kept[i]);
     return DSV4_OK;
 }
 
-dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *s, int32_t at, dsv4_error *err) {
+dsv4_status dsv4_session_fork(dsv4_session **out, dsv4_session *s, int32_t at, int32_t most_kept, dsv4_error *err) {
     pthread_mutex_lock(&s->lock);
-    dsv4_status status = fork_locked(out, s, at, err);
+    dsv4_status status = fork_locked(out, s, at, most_kept, err);
     pthread_mutex_unlock(&s->lock);
     return status;
 }

@@ -129,8 +129,8 @@ static PyObject *session_bytes(SessionObject *self, void *Py_UNUSED(closure)) {
 
 static PyObject *session_fork(SessionObject *self, PyObject *args) {
     struct module_state *state = state_of(Py_TYPE(self));
-    int at;
-    if (!PyArg_ParseTuple(args, "i:fork", &at))
+    int at, most_kept = DSV4_AS_MANY;
+    if (!PyArg_ParseTuple(args, "i|i:fork", &at, &most_kept))
         return NULL;
     SessionObject *fork = session_alloc(Py_TYPE(self), self->handle);
     if (!fork)
@@ -144,7 +144,7 @@ static PyObject *session_fork(SessionObject *self, PyObject *args) {
     dsv4_error err = {0};
     dsv4_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = dsv4_session_fork(&fork->session, session, at, &err);
+    status = dsv4_session_fork(&fork->session, session, at, most_kept, &err);
     Py_END_ALLOW_THREADS
     call_leave(self, queued);
     if (status) {
@@ -280,9 +280,9 @@ static PyMethodDef session_methods[] = {
          "fill($self, position, seed, /)\n--\n\n"
          "For measuring: move on to `position` with pseudo-random state, computing nothing.")},
     {"fork", (PyCFunction)(void (*)(void))session_fork, METH_VARARGS,
-     PyDoc_STR("fork($self, at, /)\n--\n\n"
-               "A session that begins at the newest state at or before `at` (-1: what it is now); "
-               "nothing is copied.")},
+     PyDoc_STR("fork($self, at, most_kept=-1, /)\n--\n\n"
+               "A session that begins at the newest state at or before `at` (-1: what it is now) "
+               "and keeps up to most_kept states (-1: as many as this one); nothing is copied.")},
     {"swap", (PyCFunction)(void (*)(void))session_swap, METH_VARARGS,
      PyDoc_STR("swap($self, other, /)\n--\n\nExchange timelines with an idle session.")},
     {"fixed", (PyCFunction)(void (*)(void))session_fixed, METH_NOARGS,

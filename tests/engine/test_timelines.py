@@ -126,6 +126,107 @@ def test_what_a_rewind_computes_again(tiny, monkeypatch) -> None:
         assert computed == [30, 20]
 
 
+class Counting:
+    """An engine's model that notes how many tokens each step computes."""
+
+    def __init__(self, core, computed) -> None:
+        self.core = core
+        self.computed = computed
+
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+
+    def step(self, segments, *rest):
+        self.computed.append(sum(len(segment[1]) for segment in segments))
+        return self.core.step(segments, *rest)
+
+
+def counted(model, monkeypatch, work) -> int:
+    """Tokens that it computes."""
+    computed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_core", Counting(model._core, computed))
+        # sessions are made of the engine's own model
+        patch.setattr(dsv4._core, "Session", lambda core, kept, made=dsv4._core.Session: made(
+            getattr(core, "core", core), kept))
+        work()
+    return sum(computed)
+
+
+def test_sessions_after_a_prefix(tiny, straight) -> None:
+    """The bits of a session that computed all itself, wherever the prefix ends."""
+    ids, want = straight
+    for at in range(1, LENGTH):
+        with tiny.session(ids[:at].tolist()) as one, tiny.session(one) as two:
+            assert one.position == two.position == at
+            assert np.array_equal(two.tokens, ids[:at])
+            same(one.append(ids[at:], logits="all"), want[at:], f"after {at}")
+            same(two.append(ids[at : at + 1]), want[at : at + 1], f"fork after {at}")
+    with tiny.session(ids) as session:
+        session.rewind(200)
+        same(session.append(ids[200:], logits="all"), want[200:])
+
+
+def test_equal_beginnings_are_computed_once(tiny_folder, monkeypatch) -> None:
+    with dsv4.load(tiny_folder, threads=2) as model:
+        same_ids, one, two, three = (prompt(model, n, seed=20 + n) for n in (100, 50, 60, 70))
+
+        def cost(*parts):
+            ids = np.concatenate(parts)
+            return counted(model, monkeypatch, lambda: sessions.append(model.session(ids)))
+
+        sessions = []
+        assert [cost(same_ids, one), cost(same_ids, one)] == [150, 0]
+        # the first that parts from it cannot leave where nothing was kept; the next one can
+        assert [cost(same_ids, two), cost(same_ids, three)] == [160, 70]
+        assert cost(same_ids[:40]) == 40 and cost(same_ids[:31], three) == 101
+        assert cost(same_ids, one, two) == 60
+        branches = [s.append([5]) for s in sessions[:2]]
+        same(branches[0], branches[1])
+        kept = model._prefixes._prefixes
+        assert kept.nbytes <= kept.most_bytes and len(kept) >= 6
+        kept.most_bytes = 3 * sessions[0].nbytes  # a budget: those not used for longest go
+        assert cost(one, two) == 110 and kept.nbytes <= kept.most_bytes and len(kept) < 4
+        assert cost(one, two) == 0 and cost(same_ids, three) == 170
+        model.close()
+        assert kept.nbytes == len(kept) == 0
+        with pytest.raises(ValueError, match="closed"):
+            model.session(same_ids)
+
+
+def test_prefixes_from_many_threads(tiny, straight) -> None:
+    ids, want = straight
+    wrong = []
+
+    def work(seed: int) -> None:
+        for at in np.random.default_rng(seed).integers(1, LENGTH, 12):
+            with tiny.session(ids[:at]) as session:
+                if not np.array_equal(session.append(ids[at:], logits="all"), want[at:]):
+                    wrong.append(at)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_interrupted_prefix(tiny, straight, monkeypatch) -> None:
+    ids, want = straight
+    ids = ids[::-1].copy()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dsv4.Session, "append", interrupted)
+        tiny.session(ids)
+    with tiny.session(ids) as session, tiny.session() as cold:
+        cold.append(ids, logits="none")
+        same(session.append([4]), cold.append([4]))
+
+
 def test_failing_steps_touch_no_other_branch(tiny, straight) -> None:
     ids, want = straight
     trunk = tiny.session()
@@ -170,6 +271,15 @@ def test_bad_arguments(tiny) -> None:
     for keep, error in ((-1, ValueError), (1025, ValueError), ("4", TypeError), (True, TypeError)):
         with pytest.raises(error, match="checkpoints: got"):
             tiny.session(checkpoints=keep)
+    context = tiny.config.max_position_embeddings
+    for prefix, error, says in (
+        ([], ValueError, "prefix"), ([-1], ValueError, "prefix"), (7, TypeError, "prefix"),
+        ("text", ValueError, "prefix: got text"), ([1] * (context + 1), ValueError, "prefix"),
+    ):
+        with pytest.raises(error, match=says):
+            tiny.session(prefix)
+    with dsv4.load() as other, pytest.raises(ValueError, match="prefix: got a session of another"):
+        other.session(session)
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(session)
     session.close()

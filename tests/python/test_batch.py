@@ -207,12 +207,12 @@ def test_kept_states_stay_within_their_budget(small: dsv4.Model) -> None:
         assert kept.nbytes <= 3 * each
     assert len(kept) == 3
     query = np.array([*ids_of(60, 22), 7], np.int32)
-    fork = kept.longest(query)  # the oldest: now it is the newest
+    fork = kept.longest(small, query)  # the oldest: now it is the newest
     assert fork is not None and fork.position == 60
     kept.keep(np.array(ids_of(60, 30), np.int32), session)
-    assert kept.longest(query) is not None
-    assert kept.longest(np.array([*ids_of(60, 23), 7], np.int32)) is None
-    assert kept.longest(query[:60]) is None  # nothing would be left to compute
+    assert kept.longest(small, query) is not None
+    assert kept.longest(small, np.array([*ids_of(60, 23), 7], np.int32)) is None
+    assert kept.longest(small, query[:60]) is None  # nothing would be left to compute
     other = [*ids_of(79, 31), 7]  # longer, and ends as the query does
     kept.keep(np.array(other, np.int32), session)
     longer = np.array([*query, *ids_of(18, 32), 7, 8], np.int32)
