@@ -22,6 +22,7 @@
 typedef struct dsv4_model dsv4_model;
 typedef struct dsv4_session dsv4_session;
 typedef struct dsv4_run dsv4_run;
+typedef struct dsv4_edit dsv4_edit;
 
 /* ------------------------------------------------------------------------------------------------------------ model */
 
@@ -230,6 +231,56 @@ dsv4_status dsv4_session_load(dsv4_session **out, dsv4_model *model, int32_t mos
 /* CRC-32C of the bytes that gave `crc` (0 for none), then these. */
 uint32_t dsv4_checksum(uint32_t crc, const void *data, size_t nbytes);
 
+/* ------------------------------------------------------------------------------------------------------------- edit */
+
+/*
+ * What a session changes in its own passes.  Each operation has a layer and positions, those of the tokens whose rows it
+ * changes; what is computed for other tokens, layers and sessions is the same code.
+ *
+ * ADD, SET and CLAMP change rows at a site: x + v, v, or x within [v[0], v[1]], computed in f32, rounded to bf16.  CALL
+ * asks the caller for the streams after a layer (dsv4_run_wait), after all other operations there.
+ * EXPERTS_OFF: never chosen, the next best take their places (in a hash layer: the best by score), weights as the router
+ * makes them of those; EXPERTS_FORCE: chosen instead of all others, also where they are off, weights from the router's
+ * scores; EXPERTS_WEIGH: the weight, if chosen, multiplied afterwards.
+ * HEADS_OFF: a head's output is 0 before the output projection; SINKS_OFF: its sink takes no share of the attention.
+ * ENTRIES_OFF: compressed entries that are not attended to, and in CSA layers not selected: the next best are;
+ * ENTRIES_ON (CSA only): always selected, unless they are off or do not exist yet.
+ */
+enum dsv4_edit_kind {
+    DSV4_EDIT_ADD, DSV4_EDIT_SET, DSV4_EDIT_CLAMP, DSV4_EDIT_CALL, DSV4_EDIT_EXPERTS_OFF, DSV4_EDIT_EXPERTS_WEIGH,
+    DSV4_EDIT_EXPERTS_FORCE, DSV4_EDIT_HEADS_OFF, DSV4_EDIT_SINKS_OFF, DSV4_EDIT_ENTRIES_OFF, DSV4_EDIT_ENTRIES_ON,
+    DSV4_EDIT_KINDS
+};
+
+/* The streams after a layer; the normed input of a sublayer; its output before it is spread over the streams. */
+enum dsv4_edit_site {
+    DSV4_AT_STREAMS, DSV4_AT_ATTENTION_IN, DSV4_AT_ATTENTION_OUT, DSV4_AT_FFN_IN, DSV4_AT_FFN_OUT, DSV4_EDIT_SITES
+};
+
+struct dsv4_edit_op {
+    int32_t kind, site, layer; /* site of ADD, SET and CLAMP; layer -1: the embedding (streams only) */
+    int32_t n_row;             /* rows of ids or values: 1 for all positions, or one for each (ADD, SET, EXPERTS_FORCE) */
+    const int32_t *positions;  /* [n_range][2] half-open, ascending; n_range 0: all */
+    /* experts, heads; [n_row][num_experts_per_tok] forced experts; entries [n_id / 2][2] half-open, ascending; or one mask
+     * of streams (1 at other sites) */
+    const int32_t *ids;
+    /* ADD, SET: [n_row][streams in the mask, or 1 for all alike][hidden_size]; CLAMP: [2][hidden_size], low and high;
+     * EXPERTS_WEIGH: [n_id] */
+    const float *values;
+    void *function;            /* CALL: for dsv4_run_call */
+    int32_t n_range, n_id;
+    int64_t n_value;
+};
+
+/* Immutable and counted; every number is checked against the model.  What it points to is copied, `function` is not. */
+dsv4_status dsv4_edit_create(dsv4_edit **out, const dsv4_model *model, const struct dsv4_edit_op *ops, int32_t n,
+                             dsv4_error *err);
+void dsv4_edit_release(dsv4_edit *edit); /* NULL is legal */
+
+/* From now on the session's passes are edited (NULL: not), and those of sessions that begin as its forks.  Takes a
+ * reference.  Keeping it right for positions that are computed again is the caller's business. */
+dsv4_status dsv4_session_edit(dsv4_session *session, dsv4_edit *edit, dsv4_error *err);
+
 /* ------------------------------------------------------------------------------------------------------------- step */
 
 enum dsv4_logits { DSV4_LOGITS_NONE = 0, DSV4_LOGITS_LAST = 1, DSV4_LOGITS_ALL = 2 };
@@ -373,7 +424,18 @@ dsv4_status dsv4_part_start(dsv4_run **out, dsv4_model *model, const struct dsv4
 dsv4_status dsv4_head_start(dsv4_run **out, dsv4_model *model, float *logits, const uint16_t *streams, int32_t n,
                             dsv4_error *err);
 
-int dsv4_run_wait(dsv4_run *run, int milliseconds); /* 1: still running after that time; 0: done */
+/* 1: still running after that time; 0: done; 2: an edit of kind CALL waits for dsv4_run_resume. */
+int dsv4_run_wait(dsv4_run *run, int milliseconds);
+
+/* The rows of one piece that a CALL is about; valid until dsv4_run_resume. */
+struct dsv4_call {
+    void *function; /* of the operation */
+    int32_t layer, n, hc_mult, hidden_size;
+};
+void dsv4_run_call(const dsv4_run *run, struct dsv4_call *out);
+void dsv4_run_read(const dsv4_run *run, float *streams, int32_t *positions); /* [n][hc_mult][hidden_size], [n] */
+/* The step goes on with these streams, rounded to bf16; NULL: as they were, also after dsv4_run_cancel. */
+void dsv4_run_resume(dsv4_run *run, const float *streams);
 void dsv4_run_cancel(dsv4_run *run);                /* tiles poll it: the run ends within about a tile's time */
 /* Tokens whose last layer is done, for a progress display; any thread. */
 int64_t dsv4_run_progress(const dsv4_run *run);

@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4 import edit as edit
     from dsv4 import plot as plot
     from dsv4.answer import Completion, Event, TokenLogprob
     from dsv4.batch_jobs import BatchReport, run_batch
     from dsv4.completion import parse_completion
     from dsv4.config import Config
+    from dsv4.edit_base import Edit
     from dsv4.encoding import encode_messages
     from dsv4.errors import (
         BackendUnavailable,
@@ -46,6 +48,7 @@ _WHERE = {
     "run_batch": "batch_jobs",
     "parse_completion": "completion",
     "Config": "config",
+    "Edit": "edit_base",
     "encode_messages": "encoding",
     "BackendUnavailable": "errors",
     "DeviceError": "errors",
@@ -80,6 +83,7 @@ __all__ = [
     "Completion",
     "Config",
     "DeviceError",
+    "Edit",
     "EncodingError",
     "Evaluation",
     "Event",
@@ -107,7 +111,7 @@ __all__ = [
     "run_batch",
 ]
 
-_MODULES = ("plot",)  # there after `import dsv4` alone, imported when first used
+_MODULES = ("edit", "plot")  # there after `import dsv4` alone, imported when first used
 
 
 def __getattr__(name: str) -> Any:

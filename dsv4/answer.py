@@ -16,6 +16,7 @@ import numpy as np
 from dsv4 import _core
 from dsv4.arrays import Float32, Int32
 from dsv4.completion import CompletionSplitter, ThinkingMode
+from dsv4.edit_base import Edit
 from dsv4.model import Model
 from dsv4.sampling import Sampling
 from dsv4.session import Session
@@ -171,11 +172,13 @@ class Answer:
         How to read the answer to messages; None: it is plain text.
     session : Session or None
         The session to continue; None: one of its own.
+    edit : Edit or None
+        Of a session of its own.
     """
 
     def __init__(
         self, model: Model, sampling: Sampling, index: int, choice: int, ids: Int32, room: int,
-        chat: ThinkingMode | None, session: Session | None = None,
+        chat: ThinkingMode | None, session: Session | None = None, edit: Edit | None = None,
     ) -> None:
         self.model = model
         self.sampling = sampling
@@ -183,6 +186,7 @@ class Answer:
         self.choice = choice
         self.prompt = ids
         self.given = session
+        self.edit = edit
         self.limit = min(room, sampling.max_new_tokens or room)
         self.chat = chat
         self.error: Exception | None = None
@@ -219,7 +223,7 @@ class Answer:
         self.decoder = None if tokenizer is None else StreamDecoder(tokenizer, skip_special=True)
         self.splitter = None if self.chat is None else CompletionSplitter(self.chat)
         self.matcher = StopMatcher(sampling.stop)
-        self.session = self.given or fork or self.model.session(checkpoints=0)
+        self.session = self.given or fork or self.model.session(edit=self.edit, checkpoints=0)
 
     def take_sampler(self) -> None:
         """A sampler that has seen what there is so far; again after a step that failed."""
@@ -256,9 +260,9 @@ class Answer:
 
     @property
     def sharable(self) -> bool:
-        """Its prompt may begin with a fork: it has a session of its own, and nobody asked for the
-        log-probabilities of the prompt."""
-        return self.given is None and self.sampling.prompt_logprobs is None
+        """Its prompt may begin with a fork: it has a session of its own without an edit, and nobody
+        asked for the log-probabilities of the prompt."""
+        return (self.given is None and not self.edit and self.sampling.prompt_logprobs is None)
 
     def segment(self, most: int) -> Segment:
         """What the next step does for this sequence: at most `most` tokens of a prompt.

@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv4.answer import Answer, Completion, Event
 from dsv4.completion import ThinkingMode, check_thinking_mode
+from dsv4.edit_base import Edit, checked
 from dsv4.encoding import encode_messages
 from dsv4.model import Model
 from dsv4.sampling import Sampling
@@ -22,7 +23,7 @@ from dsv4.session import Session
 
 MAX_LIVE = 16
 # arguments of a prompt, beside those of the sampling
-FORM = ("special", "thinking_mode", "reasoning_effort", "drop_thinking", "version")
+FORM = ("special", "thinking_mode", "reasoning_effort", "drop_thinking", "version", "edit")
 
 
 class Stream(Generator[Event, None, None]):
@@ -77,7 +78,7 @@ def generate(
     model: Model, prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
     thinking_mode: ThinkingMode = "chat", reasoning_effort: str | None = None,
     drop_thinking: bool = True, version: Literal["v4", "0731"] | None = None,
-    session: Session | None = None, **parameters: Any,
+    session: Session | None = None, edit: Edit | None = None, **parameters: Any,
 ) -> Completion | list[Completion]:
     """Generate whole answers.
 
@@ -98,6 +99,9 @@ def generate(
     session : Session, optional
         Continue this session: the prompt is appended to it, then every token of the answer but
         the last.  One prompt, one answer.
+    edit : Edit, optional
+        What is changed inside the model for these answers (`dsv4.edit`); a session given has its
+        own.
     **parameters
         Sampling parameters by name or alias.
 
@@ -135,7 +139,7 @@ def generate(
     True
     """
     work = _Work(model, prompt, sampling, session, parameters, special, thinking_mode,
-                 reasoning_effort, drop_thinking, version)
+                 reasoning_effort, drop_thinking, version, edit)
     with Stream(work.answers, events_of(model, work.answers)) as events:
         for _ in events:
             pass
@@ -147,7 +151,7 @@ def stream(
     model: Model, prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
     thinking_mode: ThinkingMode = "chat", reasoning_effort: str | None = None,
     drop_thinking: bool = True, version: Literal["v4", "0731"] | None = None,
-    session: Session | None = None, **parameters: Any,
+    session: Session | None = None, edit: Edit | None = None, **parameters: Any,
 ) -> Stream:
     """Like `generate`, but piece by piece.
 
@@ -166,7 +170,7 @@ def stream(
     6
     """
     work = _Work(model, prompt, sampling, session, parameters, special, thinking_mode,
-                 reasoning_effort, drop_thinking, version)
+                 reasoning_effort, drop_thinking, version, edit)
     return Stream(work.answers, events_of(model, work.answers))
 
 
@@ -188,6 +192,9 @@ class _Work:
                 raise ValueError("session: got one of another model, wanted one of this model")
             if self.several:
                 raise ValueError("session: got one session for several answers, wanted one answer")
+            if form[-1] is not None:
+                raise ValueError("edit: got one beside a session, which has its own; wanted None, "
+                                 "or session.fork(edit=...)")
         prompts = list(prompt) if several else [prompt]
         self.answers: list[Answer] = []
         for i, one in enumerate(prompts):
@@ -243,10 +250,11 @@ def answers(
     model: Model, prompt: Any, sampling: Sampling, session: Session | None = None,
     special: bool = False, thinking_mode: ThinkingMode = "chat",
     reasoning_effort: str | None = None, drop_thinking: bool = True,
-    version: Literal["v4", "0731"] | None = None, *, name: str = "prompt", index: int = 0,
-    same_index: bool = False,
+    version: Literal["v4", "0731"] | None = None, edit: Edit | None = None, *,
+    name: str = "prompt", index: int = 0, same_index: bool = False,
 ) -> list[Answer]:
     """The `n` answers to one prompt, with nothing computed yet."""
+    checked(edit).check(model.config)
     check_thinking_mode(thinking_mode)
     start = 0 if session is None else session.position
     chat: ThinkingMode | None = None
@@ -261,7 +269,7 @@ def answers(
     room = _room(model, start, len(ids), name)
     return [
         Answer(model, sampling, index if same_index else index + choice, choice, ids, room, chat,
-               session)
+               session, edit)
         for choice in range(sampling.n)
     ]
 

@@ -26,12 +26,13 @@ from dsv4.checkpoint import Checkpoint
 from dsv4.layers import Layer, Layers
 from dsv4.memory import Plan, size
 from dsv4.prefixes import SharedPrefixes
-from dsv4.session import CHECKPOINTS, NOW, Session, check_checkpoints
+from dsv4.session import CHECKPOINTS, Session, check_checkpoints, edited, forked
 from dsv4.tensors import Tensors
 from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
     from dsv4.answer import Completion
+    from dsv4.edit import Edit
     from dsv4.generate import Stream
     from dsv4.trace import Trace
 
@@ -98,8 +99,8 @@ class Model:
         return self._core.closed
 
     def session(
-        self, prefix: Prompt | Session | None = None, *, checkpoints: int = CHECKPOINTS,
-        special: bool = False,
+        self, prefix: Prompt | Session | None = None, *, edit: "Edit | None" = None,
+        checkpoints: int = CHECKPOINTS, special: bool = False,
     ) -> Session:
         """Start a session, at position 0 or after a prefix that others share.
 
@@ -111,6 +112,10 @@ class Model:
             and it is computed once: the model keeps the states after prefixes of 32 tokens and
             more, and where two of them part, in at most a quarter of the memory that is free for
             states; those not used for longest go first.
+        edit : Edit, optional
+            What it changes in its own passes (`dsv4.edit`), the prefix included, which is then not
+            shared; of a session that is forked, from its position on.  It stays with the session,
+            its forks and its saved files.
         checkpoints : int
             How many earlier states it keeps for `Session.rewind`, 0 to 1024; each takes as much
             memory as a session of a few tokens.
@@ -140,12 +145,51 @@ class Model:
         if isinstance(prefix, Session):
             if prefix.model is not self:
                 raise ValueError("prefix: got a session of another model, wanted one of this model")
-            return Session(self, prefix._core.fork(NOW, kept))
+            return forked(prefix, kept, edit)
         if prefix is None:
-            return Session(self, _core.Session(self._core, kept))
+            core = _core.Session(self._core, kept)
+            return Session(self, core) if edit is None else edited(self, core, edit)
         ids = self.ids(prefix, "prefix", special=special)
         check_room(0, len(ids), self.config.max_position_embeddings, "prefix")
-        return self._prefixes.session(self, ids, kept)
+        if not edit:
+            return self._prefixes.session(self, ids, kept)
+        session = edited(self, _core.Session(self._core, kept), edit)
+        session.append(ids, logits="none")
+        return session
+
+    def edit(self, *edits: "Edit") -> "Edit":
+        """Join edits, and check that they fit this model.
+
+        Parameters
+        ----------
+        *edits : Edit
+            The operations of `dsv4.edit`, in the order in which they are applied.
+
+        Returns
+        -------
+        Edit
+            Immutable, for `session`, `generate`, `stream`, `batch` and `Session.fork`; without
+            arguments the one that changes nothing.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A layer, expert, head, site or shape that this model does not have.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     quiet = model.edit(dsv4.edit.AblateHeads(1, 0), dsv4.edit.DisableExperts(2, 3))
+        ...     session = model.session(edit=quiet)
+        ...     len(session.edit.operations), session.append("ROMEO:").shape[0]
+        (2, 1)
+        """
+        from dsv4.edit import Edit
+
+        joined = Edit(*edits)
+        joined.check(self.config)
+        return joined
 
     def load_session(
         self, path: str | os.PathLike[str], *, checkpoints: int = CHECKPOINTS,
@@ -198,7 +242,8 @@ class Model:
         for name, value in (("verify", verify), ("mmap", mmap)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, wanted True or False")
-        return Session(self, state_file.load(self, path, kept, verify, mmap))
+        core, edit = state_file.load(self, path, kept, verify, mmap)
+        return Session(self, core) if edit is None else edited(self, core, edit)
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:

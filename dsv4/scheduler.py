@@ -399,9 +399,11 @@ class Scheduler:
     def _step(self, chosen: list[tuple[Handle, Segment]]) -> list[Result]:
         try:
             results = self.model._core.step([segment for _, segment in chosen], None)
-        except ROW_ERRORS as error:
+        except Exception as error:
             self._undo(chosen)
-            if not self.isolate or self.model.closed:
+            # an edit's callback may raise anything
+            of_a_row = isinstance(error, ROW_ERRORS) or any(h.answer.edit for h, _ in chosen)
+            if not of_a_row or not self.isolate or self.model.closed:
                 raise
             if len(chosen) == 1:
                 return [self._fail(chosen[0][0], error)]

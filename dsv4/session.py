@@ -12,6 +12,7 @@ from dsv4.arrays import WANT, Float32, Int32, Logits, Prompt, check_logits, chec
 from dsv4.memory import size
 
 if TYPE_CHECKING:
+    from dsv4.edit import Edit
     from dsv4.model import Model
     from dsv4.trace import Trace
 
@@ -31,9 +32,12 @@ class Session:
     model : Model
     """
 
-    def __init__(self, model: "Model", core: _core.Session) -> None:
+    def __init__(
+        self, model: "Model", core: _core.Session, edit: "Edit | None" = None
+    ) -> None:
         self.model = model
         self._core = core
+        self._edit = edit  # as the core session has it; None: empty
 
     @property
     def position(self) -> int:
@@ -44,6 +48,13 @@ class Session:
     def tokens(self) -> Int32:
         """The tokens so far: int32 [position], a copy."""
         return self._core.tokens(0, self._core.position)
+
+    @property
+    def edit(self) -> "Edit":
+        """What it changes in its passes; empty unless one was given (`Model.session`, `fork`)."""
+        from dsv4.edit import Edit
+
+        return Edit() if self._edit is None else self._edit
 
     @property
     def nbytes(self) -> int:
@@ -113,16 +124,27 @@ class Session:
         ((rows, _),) = self.model._core.step([(self._core, ids, want, None)], None)
         return rows
 
-    def fork(self) -> "Session":
+    def fork(self, *, edit: "Edit | None" = None) -> "Session":
         """Make a second session with the same past and a future of its own.
 
         Nothing is copied until one of the two moves on, and then only what it writes: a fork
         takes microseconds and, at first, no memory, however long the context is.
 
+        Parameters
+        ----------
+        edit : Edit, optional
+            What the fork changes beside the edit of this session, from the present position on:
+            of its positions, those before are left out.
+
         Returns
         -------
         Session
-            At the same position; it continues with the same bits as this one.
+            At the same position; without `edit` it continues with the same bits as this one.
+
+        Raises
+        ------
+        ValueError
+            The edit does not fit the model.
 
         Examples
         --------
@@ -134,7 +156,7 @@ class Session:
         ...     (session.append([7]) == other.append([7])).all()
         np.True_
         """
-        return Session(self.model, self._core.fork(NOW))
+        return forked(self, None, edit)
 
     def rewind(self, position: int) -> None:
         """Go back to an earlier position; what follows is as if the later tokens had never been.
@@ -189,13 +211,16 @@ class Session:
         FormatError
             There is something else than a file, or this session was loaded from a file that turns
             out to be damaged.
+        ValueError
+            Its edit holds a callback: a function cannot be saved.
 
         Notes
         -----
         The file appears whole and synced or not at all: whatever happens meanwhile, the path holds
         the old file or the new one.  It has about as many bytes as `nbytes` and says which model
         it belongs to (a digest of its config, tensors and vocabulary, and samples of its weights).
-        The session may go on while it is written.  The states kept for `rewind` are not saved.
+        The session may go on while it is written.  Its edit is saved, the states kept for `rewind`
+        are not.
 
         Examples
         --------
@@ -204,7 +229,7 @@ class Session:
         from dsv4 import state_file
 
         with Session(self.model, self._core.fork(NOW)) as frozen:
-            state_file.save(frozen._core, self.model, path)
+            state_file.save(frozen._core, self.model, path, self._edit)
 
     def __reduce__(self) -> str:
         raise TypeError("a Session cannot be pickled: it lives in its model; save() writes it to a "
@@ -258,6 +283,27 @@ class Session:
             return f"<dsv4.Session at position {self.position}, {size(self.nbytes)}>"
         except (ValueError, RuntimeError):
             return "<dsv4.Session, closed>"
+
+
+def edited(model: "Model", core: _core.Session, edit: "Edit | None") -> Session:
+    """A session of this core, which from now on has this edit; ValueError if it does not fit."""
+    from dsv4.edit_base import checked
+
+    native = checked(edit)._native(model)
+    core.edit(native)
+    return Session(model, core, edit if native is not None else None)
+
+
+def forked(session: Session, checkpoints: int | None, edit: "Edit | None") -> Session:
+    """A fork that keeps so many earlier states (None: as many as the session), and changes more
+    from its position on."""
+    from dsv4.edit_base import checked
+
+    checked(edit).check(session.model.config)
+    core = session._core.fork(NOW) if checkpoints is None else session._core.fork(NOW, checkpoints)
+    if not edit:
+        return Session(session.model, core, session._edit)
+    return edited(session.model, core, session.edit + edit.since(core.position))
 
 
 def check_checkpoints(checkpoints: object) -> int:

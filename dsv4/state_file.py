@@ -12,11 +12,12 @@
     ...     the checksums: CRC-32C of every piece of every section, in order; then zeros
     ...     the sections, each at a multiple of 4,096, zeros between them
 
-The sections are the tokens (int32), the fixed state (windows and raw compressor rows), and for
-every layer that has them the compressed rows and the index rows, exactly as many as the position
-says, in the layout of kernels/types.h.  A piece is a block of 64 rows, or 1 MiB of the first two
-sections.  The header holds the position, where each section begins after the head, what the model
-is (all of it must be this model's), and who wrote it (which need not be equal).
+The sections are the tokens (int32), the fixed state (windows and raw compressor rows), for every
+layer that has them the compressed rows and the index rows, exactly as many as the position says,
+in the layout of kernels/types.h, and, where the session has one, its edit as JSON (`dsv4.edit`).
+A piece is a block of 64 rows, or 1 MiB of the other sections.  The header holds the position, the
+bytes of the edit if there is one, where each section begins after the head, what the model is (all
+of it must be this model's), and who wrote it (which need not be equal).
 
 Reading: everything but whole blocks of rows is compared with its checksum before it is used;
 blocks stay where they are mapped and are compared when a step first reads them.
@@ -86,19 +87,25 @@ class Layout(NamedTuple):
 
     @property
     def rows(self) -> Iterator[tuple[Section, tuple[int, int, int, int]]]:
-        return zip(self.sections[2:], self.stores, strict=True)
+        return zip(self.sections[2 : 2 + len(self.stores)], self.stores, strict=True)
+
+    @property
+    def edit(self) -> Section | None:
+        return self.sections[-1] if len(self.sections) > 2 + len(self.stores) else None
 
     @property
     def checksums(self) -> int:
         return sum(section.pieces for section in self.sections)
 
 
-def layout(model: _core.Model, position: int) -> Layout:
-    """The sections of a state of this model at this position."""
+def layout(model: _core.Model, position: int, edit_bytes: int = 0) -> Layout:
+    """The sections of a state of this model at this position, with an edit of so many bytes."""
     fixed_bytes, stores = _core.stores(model, position)
     parts = [("tokens", -1, 4 * position, PIECE), ("fixed", -1, fixed_bytes, PIECE)]
     parts += [(KINDS[kind], layer, rows * row, _core.BLOCK_ROWS * row)
               for layer, kind, rows, row in stores]
+    if edit_bytes:
+        parts.append(("edit", -1, edit_bytes, PIECE))
     sections: list[Section] = []
     at = 0
     for name, layer, nbytes, piece in parts:
@@ -151,11 +158,15 @@ def _differences(file: str, got: Any, wanted: Any, name: str) -> list[FormatErro
 
 # ---- writing ----
 
-def save(core: _core.Session, model: "dsv4.Model", path: str | os.PathLike[str]) -> None:
+def save(
+    core: _core.Session, model: "dsv4.Model", path: str | os.PathLike[str],
+    edit: "dsv4.Edit | None" = None,
+) -> None:
     """Write the state of a session nobody else uses; see `dsv4.Session.save`."""
+    edit_json = edit.to_json().encode() if edit else b""
     where = os.path.realpath(os.fsdecode(path))
     folder, name = os.path.split(where)
-    plan = layout(model._core, core.position)
+    plan = layout(model._core, core.position, len(edit_json))
     header = _header(core.position, plan, model)
     head = _aligned(HEAD + len(header) + 4 * plan.checksums)
     size = head + plan.sections[-1].end
@@ -167,7 +178,7 @@ def save(core: _core.Session, model: "dsv4.Model", path: str | os.PathLike[str])
         if size > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary = f"{_prefix(name)}{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        _write(at, temporary, name, mode, core, plan, header, head, size)
+        _write(at, temporary, name, mode, core, plan, header, head, size, edit_json)
         os.fsync(at)
     except OSError as error:
         if error.errno is None:
@@ -181,7 +192,7 @@ def save(core: _core.Session, model: "dsv4.Model", path: str | os.PathLike[str])
 
 def _write(
     at: int, temporary: str, name: str, mode: int | None, core: _core.Session, plan: Layout,
-    header: bytes, head: int, size: int,
+    header: bytes, head: int, size: int, edit_json: bytes,
 ) -> None:
     """The file, complete and synced, under its name; no temporary file is left behind."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -190,7 +201,7 @@ def _write(
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its writer lives
             out = _Out(fd)
-            table = b"".join(_sections(out, head, core, plan))
+            table = b"".join(_sections(out, head, core, plan, edit_json))
             out.write([_head(header, table, head, size)], 0)
             if mode is not None:
                 os.fchmod(fd, mode)
@@ -226,20 +237,28 @@ class _Out:
             self.unsynced = 0
 
 
-def _sections(out: _Out, head: int, core: _core.Session, plan: Layout) -> Iterator[bytes]:
+def _sections(
+    out: _Out, head: int, core: _core.Session, plan: Layout, edit_json: bytes
+) -> Iterator[bytes]:
     """Writes every section; yields the checksums, in order."""
     tokens = core.tokens(0, core.position).astype("<i4", copy=False).view(np.uint8)
-    for section, data in zip(plan.sections, (tokens, core.fixed()), strict=False):
-        for first in range(0, section.nbytes, PIECE):
-            piece = data[first : first + PIECE]
-            out.write([piece], head + section.offset + first)
-            yield _core.crc32c(piece.data, 0).to_bytes(4, "little")
+    for section, data in zip(plan.sections, (tokens.data, core.fixed().data), strict=False):
+        yield from _pieces(out, head, section, data)
     for section, (layer, kind, _, _) in plan.rows:
         for first in range(0, section.pieces, BLOCKS):
             n = min(BLOCKS, section.pieces - first)
             views, checksums = core.blocks(layer, kind, first, n)
             out.write(views, head + section.offset + first * section.piece)
             yield checksums
+    if plan.edit is not None:
+        yield from _pieces(out, head, plan.edit, memoryview(edit_json))
+
+
+def _pieces(out: _Out, head: int, section: Section, data: memoryview) -> Iterator[bytes]:
+    for first in range(0, section.nbytes, PIECE):
+        piece = data[first : first + PIECE]
+        out.write([piece], head + section.offset + first)
+        yield _core.crc32c(piece, 0).to_bytes(4, "little")
 
 
 def _header(position: int, plan: Layout, model: "dsv4.Model") -> bytes:
@@ -247,6 +266,8 @@ def _header(position: int, plan: Layout, model: "dsv4.Model") -> bytes:
                       cpu=[name for name, there in _core.cpu_sets() if there])
     value = dict(position=position, sections=[list(section) for section in plan.sections],
                  model=model._fingerprint, written_by=written_by)
+    if plan.edit is not None:
+        value["edit_bytes"] = plan.edit.nbytes
     text = json.dumps(value, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 64)
 
@@ -306,8 +327,9 @@ def _free(at: int) -> int:
 
 def load(
     model: "dsv4.Model", path: str | os.PathLike[str], checkpoints: int, verify: bool, mmap: bool
-) -> _core.Session:
-    """The session of a file; see `dsv4.Model.load_session`."""
+) -> "tuple[_core.Session, dsv4.Edit | None]":
+    """The session of a file, and its edit, which it does not have yet; see
+    `dsv4.Model.load_session`."""
     file = os.fsdecode(path)
     fd = os.open(file, (OPEN_FLAGS & ~os.O_NOFOLLOW))
     try:
@@ -323,7 +345,8 @@ def load(
             _checked(data, section, head, crcs, file)
             for section, crcs in zip(plan.sections[:2], checksums[:2], strict=True))
         rows = [(store, head + section.offset, crcs) for (section, store), crcs
-                in zip(plan.rows, checksums[2:], strict=True)]
+                in zip(plan.rows, checksums[2:], strict=False)]
+        edit = _edit(fd, plan.edit, head, checksums[-1], model, file)
         core = _core.load_session(
             model._core, checkpoints, (file, fd, info.st_size), mmap, tokens, fixed, rows)
     finally:
@@ -332,7 +355,7 @@ def load(
         for section, (layer, kind, _, _) in plan.rows:
             for first in range(0, section.pieces, BLOCKS):
                 core.blocks(layer, kind, first, min(BLOCKS, section.pieces - first))
-    return core
+    return core, edit
 
 
 def _read_head(fd: int, size: int, file: str) -> tuple[Any, bytes, int]:
@@ -373,7 +396,10 @@ def _plan(model: "dsv4.Model", header: Any, file: str) -> tuple[int, Layout]:
     position, most = header.get("position"), model.config.max_position_embeddings
     if type(position) is not int or not 0 <= position <= most:
         raise FormatError(file=file, rule="position", got=position, wanted=f"0 to {most}")
-    plan = layout(model._core, position)
+    edit_bytes = header.get("edit_bytes", 0)
+    if type(edit_bytes) is not int or edit_bytes < 0:
+        raise FormatError(file=file, rule="edit_bytes", got=edit_bytes, wanted="0 or more")
+    plan = layout(model._core, position, edit_bytes)
     if header.get("sections") != [list(section) for section in plan.sections]:
         raise FormatError(file=file, rule="sections", got=header.get("sections"),
                           wanted=f"those of position {position}")
@@ -417,13 +443,35 @@ def _checked(
 ) -> memoryview:
     """The bytes of a section, equal to their checksums."""
     view = data[head + section.offset : head + section.end]
+    _check(view, section, checksums, file)
+    return view
+
+
+def _check(view: memoryview, section: Section, checksums: bytes, file: str) -> None:
     for i in range(section.pieces):
         got = _core.crc32c(view[i * PIECE : (i + 1) * PIECE], 0)
         if got != int.from_bytes(checksums[4 * i : 4 * i + 4], "little"):
             raise FormatError(
                 file=file, rule=f"{section.name}, from byte {i * PIECE}", got="another checksum",
                 wanted="the one the file names: it is damaged")
-    return view
+
+
+def _edit(
+    fd: int, section: Section | None, head: int, checksums: bytes, model: "dsv4.Model", file: str
+) -> "dsv4.Edit | None":
+    """The edit of a file, fit for this model, or None."""
+    if section is None:
+        return None
+    from dsv4.edit import Edit
+
+    data = read_exactly(fd, section.nbytes, head + section.offset, file)
+    _check(memoryview(data), section, checksums, file)
+    try:
+        edit = Edit.from_json(data)
+        edit.check(model.config)
+    except ValueError as error:
+        raise FormatError(f"{file}: edit: {error}") from error
+    return edit
 
 
 def _aligned(n: int) -> int:

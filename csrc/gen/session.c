@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "model/edit.h"
+
 dsv4_status dsv4_session_of(dsv4_session **out, dsv4_model *model, struct dsv4_kv *kv, int32_t most_kept,
                             dsv4_error *err) {
     if (most_kept < 0 || most_kept > DSV4_MOST_KEPT)
@@ -58,6 +60,7 @@ void dsv4_session_destroy(dsv4_session *s) {
     forget(s);
     free(s->kept);
     dsv4_kv_release(s->kv);
+    dsv4_edit_release(s->edit);
     dsv4_model_destroy(s->model);
     free(s);
 }
@@ -93,9 +96,9 @@ static dsv4_status fork_locked(dsv4_session **out, dsv4_session *s, int32_t at, 
         return dsv4_fail(err, DSV4_E_ARGUMENT, "position: got %d, wanted 0 to %d, where the session is", at,
                          s->kv->position);
     struct dsv4_kv *kv = newest(s, at);
-    if (!kv)
-        return dsv4_session_create(out, s->model, most_kept, err);
-    DSV4_TRY(dsv4_session_of(out, s->model, kv, most_kept, err));
+    DSV4_TRY(kv ? dsv4_session_of(out, s->model, kv, most_kept, err)
+                : dsv4_session_create(out, s->model, most_kept, err));
+    (*out)->edit = dsv4_edit_retain(s->edit);
     while (n < s->n_kept && s->kept[n]->position <= at)
         n++;
     for (int32_t i = n > most_kept ? n - most_kept : 0; i < n; i++)
@@ -128,6 +131,18 @@ void dsv4_session_swap(dsv4_session *a, dsv4_session *b) {
     b->most_kept = most_kept;
     pthread_mutex_unlock(&second->lock);
     pthread_mutex_unlock(&first->lock);
+}
+
+dsv4_status dsv4_session_edit(dsv4_session *s, dsv4_edit *edit, dsv4_error *err) {
+    if (edit && dsv4_edit_model(edit) != s->model)
+        return dsv4_fail(err, DSV4_E_ARGUMENT, "edit: got one of another model, wanted one of this model");
+    dsv4_edit_retain(edit);
+    pthread_mutex_lock(&s->lock);
+    dsv4_edit *old = s->edit;
+    s->edit = edit;
+    pthread_mutex_unlock(&s->lock);
+    dsv4_edit_release(old);
+    return DSV4_OK;
 }
 
 int32_t dsv4_session_position(dsv4_session *s) {

@@ -14,6 +14,7 @@ struct dsv4_session {
     struct dsv4_kv *kv;    /* one reference */
     struct dsv4_kv **kept; /* owned [most_kept]: earlier states to rewind to, ascending positions, one reference each */
     int32_t n_kept, most_kept;
+    dsv4_edit *edit; /* one reference, or NULL */
 };
 
 /* Keeps the present state for rewinding, forgetting the oldest kept one if need be. */

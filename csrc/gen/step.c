@@ -8,6 +8,8 @@
 #include <stdlib.h>
 
 #include "gen/session.h"
+#include "model/call.h"
+#include "model/edit.h"
 #include "model/experts.h"
 #include "model/part.h"
 #include "model/sites.h"
@@ -51,10 +53,11 @@ struct dsv4_run {
 
 /* ---------------------------------------------------------------------------------------------- planning the passes */
 
-static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const int32_t *ids, int32_t n, int32_t position,
-                      const struct dsv4_tap *taps, int32_t row) {
+static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const dsv4_edit *edit, const int32_t *ids, int32_t n,
+                      int32_t position, const struct dsv4_tap *taps, int32_t row) {
     struct dsv4_pass *p = &r->pass;
-    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, taps, row};
+    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, taps, row, edit};
+    p->edited |= edit != NULL;
     for (int32_t i = 0; i < n; i++) {
         r->kept.ids[p->n_tok + i] = ids ? ids[i] : 0; /* the head reads none */
         r->kept.positions[p->n_tok + i] = position + i;
@@ -84,7 +87,7 @@ static int plan_alone(dsv4_run *r) {
     struct dsv4_pass *p = &r->pass;
     int32_t chunk = r->model->options.chunk_tok, n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
     if (n > 0)
-        add_piece(r, r->kv, r->token_ids ? r->token_ids + r->offset : NULL, n, r->offset, r->taps, r->offset);
+        add_piece(r, r->kv, NULL, r->token_ids ? r->token_ids + r->offset : NULL, n, r->offset, r->taps, r->offset);
     for (int32_t i = 0; r->logits && i < n; i++)
         p->wanted[p->n_wanted++] = (struct dsv4_wanted){
             .logits = r->logits + (size_t)(r->offset + i) * (size_t)r->model->config.vocab_size, .tok = i};
@@ -97,14 +100,15 @@ static int plan_alone(dsv4_run *r) {
 static int plan_pass(dsv4_run *r) {
     struct dsv4_pass *p = &r->pass;
     int32_t chunk = r->model->options.chunk_tok;
-    p->n_piece = p->n_tok = p->n_wanted = 0;
+    p->n_piece = p->n_tok = p->n_wanted = p->edited = 0;
     if (!r->segments)
         return plan_alone(r);
     while (r->segment < r->n_segment && p->n_tok < chunk) {
         const struct dsv4_segment *s = &r->segments[r->segment];
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
         want_rows(r, s, r->offset, n, p->n_tok);
-        add_piece(r, s->session->kv, s->ids + r->offset, n, s->session->kv->position + r->offset, s->taps, r->offset);
+        add_piece(r, s->session->kv, s->session->edit, s->ids + r->offset, n, s->session->kv->position + r->offset,
+                  s->taps, r->offset);
         r->offset += n;
         if (r->offset == s->n) {
             r->segment++;
@@ -138,9 +142,7 @@ static int run_layer(dsv4_worker *w, dsv4_run *r) {
     return 0;
 }
 
-/* What every worker does from the start of the step to its end. */
-static void step_job(dsv4_worker *w, void *ctx) {
-    dsv4_run *r = ctx;
+static void run_passes(dsv4_worker *w, dsv4_run *r) {
     for (;;) {
         if (w->id == 0 && plan_pass(r) && r->model->cache)
             dsv4_experts_begin(&r->pass);
@@ -155,6 +157,14 @@ static void step_job(dsv4_worker *w, void *ctx) {
         if (!r->diagnose && (atomic_load(&r->bad_layer) != INT_MAX || atomic_load(&r->damage.found)))
             return;
     }
+}
+
+/* What every worker does from the start of the step to its end. */
+static void step_job(dsv4_worker *w, void *ctx) {
+    dsv4_run *r = ctx;
+    run_passes(w, r);
+    if (r->pass.calls && w->id == 0)
+        dsv4_calls_end(r->pass.calls);
 }
 
 /* ------------------------------------------------------------------------------------------------- start and finish */
@@ -227,6 +237,8 @@ static void run_release(dsv4_run *r) {
         pthread_mutex_unlock(&r->segments[i].session->lock);
     if (!r->segments)
         dsv4_kv_release(r->kv);
+    dsv4_calls_destroy(r->pass.calls);
+    r->pass.calls = NULL;
     if (!atomic_compare_exchange_strong(&m->spare, &none, r))
         dsv4_run_free(r);
     dsv4_model_destroy(m);
@@ -283,6 +295,13 @@ static dsv4_status run_create(dsv4_run **out, dsv4_model *m, float *seconds, str
     return DSV4_OK;
 }
 
+/* A step that asks the caller looks at the streams of every layer at once: it cannot be run again to find them. */
+static dsv4_status prepare_calls(dsv4_run *r, dsv4_error *err) {
+    for (int32_t i = 0; i < r->n_segment && !r->diagnose; i++)
+        r->diagnose = dsv4_edit_calls(r->segments[i].session->edit) > 0;
+    return r->diagnose ? dsv4_calls_create(&r->pass.calls, err) : DSV4_OK;
+}
+
 static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
     for (int32_t i = 0; i < r->n_segment; i++)
         DSV4_TRY(check_segment(r->model, &r->segments[i], i, err));
@@ -298,6 +317,7 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
         DSV4_TRY(dsv4_kv_reserve(s->session->kv, s->n, err));
         DSV4_TRY(dsv4_sites_check(r->model, s->taps, s->session->kv->position, s->n, err));
     }
+    DSV4_TRY(prepare_calls(r, err));
     for (int32_t i = 0; i < r->n_segment; i++, r->n_saved++)
         DSV4_TRY(dsv4_kv_save(r->segments[i].session->kv, r->segments[i].n, err));
     return DSV4_OK;
@@ -334,6 +354,8 @@ static dsv4_status launch(dsv4_run *r, dsv4_error *err) {
     DSV4_TRY(grow_workspace(r, err));
     r->pass.diagnose = r->diagnose;
     r->segment = r->offset = 0;
+    if (r->pass.calls)
+        dsv4_calls_begin(r->pass.calls);
     if (r->pass.clock)
         dsv4_clock_start(r->pass.clock);
     return dsv4_team_start(r->model->team, step_job, r, err);
@@ -452,7 +474,22 @@ dsv4_status dsv4_head_start(dsv4_run **out, dsv4_model *m, float *logits, const 
 }
 
 int dsv4_run_wait(dsv4_run *r, int milliseconds) {
+    int asked = r->pass.calls ? dsv4_calls_wait(r->pass.calls, milliseconds) : 0;
+    if (asked)
+        return asked;
     return dsv4_team_wait(r->model->team, milliseconds);
+}
+
+void dsv4_run_call(const dsv4_run *r, struct dsv4_call *out) {
+    dsv4_calls_read(r->pass.calls, out, NULL, NULL);
+}
+
+void dsv4_run_read(const dsv4_run *r, float *streams, int32_t *positions) {
+    dsv4_calls_read(r->pass.calls, NULL, streams, positions);
+}
+
+void dsv4_run_resume(dsv4_run *r, const float *streams) {
+    dsv4_calls_answer(r->pass.calls, streams);
 }
 
 void dsv4_run_cancel(dsv4_run *r) {
@@ -464,13 +501,15 @@ int64_t dsv4_run_progress(const dsv4_run *r) {
     return atomic_load(&r->progress);
 }
 
-/* Runs the failed step again, looking at the streams after every layer. */
+/* Runs the failed step again, looking at the streams after every layer, unless it has done so. */
 static int find_bad_layer(dsv4_run *r) {
     dsv4_error ignored;
     restore(r);
-    r->diagnose = 1;
-    if (launch(r, &ignored) == DSV4_OK)
-        dsv4_team_finish(r->model->team);
+    if (!r->diagnose) {
+        r->diagnose = 1;
+        if (launch(r, &ignored) == DSV4_OK)
+            dsv4_team_finish(r->model->team);
+    }
     int layer = atomic_load(&r->bad_layer);
     return layer < r->model->config.num_hidden_layers ? layer : -1;
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The attention sublayer (SPEC 3): projections, rope, compressed entries, the ordered key list, grouped output. */
+#include "model/edit.h"
 #include "model/part.h"
 #include "model/sites.h"
 
@@ -122,6 +123,8 @@ static int32_t list_keys(const struct dsv4_pass *p, const uint8_t *new_rows, con
         dsv4_check_rows(p, &s->compressed, layer, 0, visible);
         for (int32_t i = 0; i < visible; i++)
             keys[n++] = dsv4_row(&s->compressed, i);
+        if (dsv4_edited(p))
+            dsv4_edit_keys(p, layer, t, keys + window, visible);
     }
     return n;
 }
@@ -155,6 +158,8 @@ static int attend(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *
             .n_key = n_key, .n_head = h1 - h0, .d_head = hd, .d_rope = rope, .scale = p->m->softmax_scale,
             .format = p->m->kv_format,
         };
+        if (dsv4_edited(p))
+            a.sink = h0 + dsv4_edit_sinks(p, layer, t, l->sink, dsv4_scratch(w, p, p->ws->at_edit));
         if (dsv4_asked(p, layer, DSV4_SITE_KEYS))
             dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_KEYS, .layer = layer, .tok = (int32_t)t, .h0 = h0,
                                                .keys = keys, .attention = &a});
@@ -163,6 +168,8 @@ static int attend(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *
         dsv4_lap(w, p, DSV4_PHASE_ATTENTION);
         for (int32_t h = 0; h < h1 - h0; h++)
             k->rope(o + (ptrdiff_t)(h + 1) * hd - rope, cos_of(p, l, t), sin_of(p, l, t), rope / 2, 1);
+        if (dsv4_edited(p))
+            dsv4_edit_heads(p, layer, t, o, h0, h1);
         if (dsv4_asked(p, layer, DSV4_SITE_HEADS))
             dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_HEADS, .layer = layer, .tok = (int32_t)t, .h0 = h0,
                                                .n = h1 - h0, .x = o});

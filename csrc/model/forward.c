@@ -3,6 +3,8 @@
 #include <limits.h>
 #include <time.h>
 
+#include "model/call.h"
+#include "model/edit.h"
 #include "model/part.h"
 #include "model/sites.h"
 
@@ -33,9 +35,11 @@ int dsv4_enter(dsv4_worker *w, struct dsv4_pass *p, int embed) {
         }
         for (int32_t j = 1; j < hc; j++)
             memcpy(x + (ptrdiff_t)j * d, x, 2 * (size_t)d);
+        if (dsv4_edited(p))
+            dsv4_edit_token(p, DSV4_AT_STREAMS, -1, t, x);
     }
     DSV4_SYNC(w, p);
-    return 0;
+    return dsv4_edited(p) && p->calls ? dsv4_calls_ask(w, p, -1) : 0;
 }
 
 void dsv4_check_rows(const struct dsv4_pass *p, const struct dsv4_row_store *s, int32_t layer, int32_t first,
@@ -80,24 +84,32 @@ static void diagnose(const dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
 }
 
 static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
-    if (dsv4_asked(p, i, DSV4_SITE_STREAMS_IN) && dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS_IN))
-        return 1;
+    if (dsv4_asked(p, i, DSV4_SITE_STREAMS_IN))
+        dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS_IN);
     if (dsv4_collapse(w, p, i, 0) || dsv4_attention(w, p, i))
         return 1;
+    if (dsv4_edited(p))
+        dsv4_edit_columns(w, p, DSV4_AT_ATTENTION_OUT, i);
     if (dsv4_asked(p, i, DSV4_SITE_ATTENTION_OUT) && dsv4_at_columns(w, p, i, DSV4_SITE_ATTENTION_OUT))
         return 1;
     dsv4_spread(w, p);
     DSV4_SYNC(w, p);
-    if (dsv4_asked(p, i, DSV4_SITE_STREAMS_MID) && dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS_MID))
-        return 1;
+    if (dsv4_asked(p, i, DSV4_SITE_STREAMS_MID))
+        dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS_MID);
     if (dsv4_collapse(w, p, i, 1) || dsv4_moe(w, p, i))
         return 1;
+    if (dsv4_edited(p))
+        dsv4_edit_columns(w, p, DSV4_AT_FFN_OUT, i);
     if (dsv4_asked(p, i, DSV4_SITE_FFN_OUT) && dsv4_at_columns(w, p, i, DSV4_SITE_FFN_OUT))
         return 1;
     dsv4_spread(w, p);
+    if (dsv4_edited(p))
+        dsv4_edit_columns(w, p, DSV4_AT_STREAMS, i);
     DSV4_SYNC(w, p);
-    if (dsv4_asked(p, i, DSV4_SITE_STREAMS) && dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS))
+    if (dsv4_edited(p) && p->calls && dsv4_calls_ask(w, p, i))
         return 1;
+    if (dsv4_asked(p, i, DSV4_SITE_STREAMS))
+        dsv4_at_tokens(w, p, i, DSV4_SITE_STREAMS);
     if (p->diagnose)
         diagnose(w, p, i);
     return 0;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The hyper-connection sites around a sublayer (SPEC 2.2, 2.3): collapse the streams, spread the output. */
+#include "model/edit.h"
 #include "model/pass.h"
 #include "model/sites.h"
 
@@ -40,6 +41,8 @@ int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int ffn) {
             dsv4_at(w, p, &(struct dsv4_sight){.site = mix, .layer = layer, .tok = (int32_t)t, .pre = pre,
                                                .post = b->post + t * hc, .comb = b->comb + t * hc * hc});
         k->rmsnorm(u, u, ffn ? l->ffn_norm : l->attn_norm, d, c->rms_norm_eps);
+        if (dsv4_edited(p))
+            dsv4_edit_token(p, ffn ? DSV4_AT_FFN_IN : DSV4_AT_ATTENTION_IN, layer, t, u);
         if (dsv4_asked(p, layer, in))
             dsv4_at(w, p, &(struct dsv4_sight){.site = in, .layer = layer, .tok = (int32_t)t, .x = u});
         if (p->m->options.numerics == DSV4_OFFICIAL)

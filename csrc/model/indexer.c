@@ -5,6 +5,7 @@
  */
 #include <string.h>
 
+#include "model/edit.h"
 #include "model/part.h"
 #include "model/sites.h"
 
@@ -53,14 +54,18 @@ static void score(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int6
         });
         check_scores(p, layer, scores + s, n);
     }
+    if (dsv4_edited(p))
+        dsv4_edit_scores(p, layer, t, scores, first, end);
     dsv4_lap(w, p, DSV4_PHASE_INDEXER);
 }
 
 static void selected(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t) {
+    int32_t *ids = p->ws->selected + t * p->m->config.index_topk;
+    if (dsv4_edited(p))
+        p->ws->n_selected[t] = dsv4_edit_entries(p, layer, t, ids, p->ws->n_selected[t]);
     if (dsv4_asked(p, layer, DSV4_SITE_INDEX_SELECTED))
         dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_INDEX_SELECTED, .layer = layer, .tok = (int32_t)t,
-                                           .ids = p->ws->selected + t * p->m->config.index_topk,
-                                           .n_ids = &p->ws->n_selected[t]});
+                                           .ids = ids, .n_ids = &p->ws->n_selected[t]});
 }
 
 static void select_token(dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, int64_t t, float *scores) {

@@ -3,6 +3,7 @@
  * The mixture of experts (SPEC 4): router, rows grouped by expert, up and gate, SwiGLU, down, sum.  The shared expert is
  * one more expert, the last, that takes every token.
  */
+#include "model/edit.h"
 #include "model/experts.h"
 #include "model/part.h"
 #include "model/sites.h"
@@ -34,12 +35,16 @@ static int route(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l
         int32_t *forced = dsv4_scratch(w, p, ws->at_small);
         if (l->tid2eid)
             hash_ids(l, p->ids[t], top_k, forced);
-        p->m->k.router(&(struct dsv4_router_args){
+        struct dsv4_router_args args = {
             .ids = b->expert_ids + t * top_k, .weights = b->expert_weights + t * top_k,
             .scores = b->router_scores + t * n_exp, .logits = ws->router_logits + t * n_exp, .bias = l->gate_bias,
             .forced = l->tid2eid ? forced : NULL, .n_exp = n_exp, .top_k = top_k,
             .route_scale = c->routed_scaling_factor,
-        });
+        };
+        if (dsv4_edited(p))
+            dsv4_edit_route(p, layer, t, &args, dsv4_scratch(w, p, ws->at_edit));
+        else
+            p->m->k.router(&args);
         if (dsv4_asked(p, layer, DSV4_SITE_ROUTER))
             dsv4_at(w, p, &(struct dsv4_sight){.site = DSV4_SITE_ROUTER, .layer = layer, .tok = (int32_t)t,
                                                .ids = b->expert_ids + t * top_k,

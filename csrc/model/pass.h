@@ -21,6 +21,7 @@ struct dsv4_piece {
     int32_t position;  /* of its first token in the session */
     const struct dsv4_tap *taps; /* [layers][DSV4_VALUES] what is copied of it, or NULL */
     int32_t row;       /* of its first token in the segment, so in the taps */
+    const dsv4_edit *edit; /* of its session, or NULL */
 };
 
 /* A logits row that somebody wants. */
@@ -81,7 +82,7 @@ struct dsv4_workspace {
     uint8_t *grown;                  /* owned: what depends on the longest context */
     struct dsv4_arena *arena;        /* owned: everything else */
     /* parts of a worker's scratch, in bytes from its start */
-    size_t at_kernel, at_keys, at_scores, at_top_k, at_small, scratch_bytes;
+    size_t at_kernel, at_keys, at_scores, at_top_k, at_small, at_edit, scratch_bytes;
 };
 
 enum { DSV4_LOGIT_ROWS = 32 };
@@ -115,6 +116,8 @@ struct dsv4_pass {
     atomic_int *bad_layer;           /* lowest layer with a non-finite stream; the layer count for the head; INT_MAX */
     struct dsv4_damage *damage;
     int diagnose;                    /* look at the streams after every layer */
+    int edited;                      /* a piece is: ask dsv4_edited (model/edit.h) */
+    struct dsv4_calls *calls;        /* of the edits that ask the caller (model/call.h), or NULL */
 };
 
 /* forward.c: the time since the last call, or the start, belongs to this phase. */

@@ -309,12 +309,11 @@ static void copy_values(const dsv4_worker *w, const struct dsv4_pass *p, const s
 
 void dsv4_at(const dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_sight *s) {
     const struct dsv4_piece *piece = &p->pieces[p->piece_of[s->tok]];
-    /* edits of the piece come here, before anything is copied */
     if (piece->taps && (p->n_tok > 1 || w->id == 0 || !(private_sites >> s->site & 1)))
         copy_values(w, p, piece, s);
 }
 
-int dsv4_at_tokens(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, enum dsv4_site site) {
+void dsv4_at_tokens(const dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, enum dsv4_site site) {
     int32_t d = p->m->config.hidden_size, streams = p->m->config.hc_mult * d;
     int output = site == DSV4_SITE_ATTENTION_OUT || site == DSV4_SITE_FFN_OUT;
     int64_t lo, hi;
@@ -322,12 +321,10 @@ int dsv4_at_tokens(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, enum dsv4
     for (int64_t t = lo; t < hi && !dsv4_cancelled(w); t++)
         dsv4_at(w, p, &(struct dsv4_sight){.site = site, .layer = layer, .tok = (int32_t)t,
                                            .x = output ? p->ws->y + t * d : p->ws->streams + t * streams});
-    if (p->asked[layer].edited >> site & 1)
-        DSV4_SYNC(w, p);
-    return 0;
 }
 
 int dsv4_at_columns(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, enum dsv4_site site) {
     DSV4_SYNC(w, p);
-    return dsv4_at_tokens(w, p, layer, site);
+    dsv4_at_tokens(w, p, layer, site);
+    return 0;
 }

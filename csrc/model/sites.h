@@ -1,17 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Sites: the places of a pass where pieces (stretches of one session) may look at a token's values, and change them.
+ * Sites: the places of a pass where pieces (stretches of one session) may look at a token's values.
  * Where no piece of the pass asks for anything at a site, it costs one test of a flag; compiled with DSV4_WITHOUT_SITES
  * not even that (for counting instructions, never shipped).
  *
- * dsv4_at does what the token's own piece asks for: its edits first, then its values are copied; so what is copied is
- * what the pass goes on with.  It runs on the worker that has the token at hand, and neighbours in the batch are not
- * touched.
- *
- * To add an edit: let dsv4_sites_asked set the bit of its site in both `sites` and `edited` for the layers it is for,
- * and apply it where dsv4_at says, to the fields of the sight that the site names.  Nothing else is needed: barriers
- * that only an edit wants are there where `edited` has the bit.  At private sites of a pass of one token every worker
- * applies it, to rows of its own (dsv4_prepared), so it must give each the same.
+ * dsv4_at copies what the token's own piece asks for, on the worker that has the token at hand.  What a session changes
+ * (model/edit.h) is changed before: what is copied is what the pass goes on with.
  */
 #ifndef DSV4_SITES_H
 #define DSV4_SITES_H
@@ -39,8 +33,7 @@ enum dsv4_site {
 
 /* What pieces of a pass ask for in one layer; bit i: site i. */
 struct dsv4_asked {
-    uint32_t sites;  /* by copies or edits */
-    uint32_t edited; /* by edits */
+    uint32_t sites;
 };
 
 static inline int dsv4_asked(const struct dsv4_pass *p, int32_t layer, enum dsv4_site site) {
@@ -71,7 +64,7 @@ struct dsv4_sight {
 void dsv4_at(const dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_sight *s);
 
 /* All tokens at a site of streams or of a sublayer's output, complete since the last barrier, cut by tokens. */
-int dsv4_at_tokens(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, enum dsv4_site site);
+void dsv4_at_tokens(const dsv4_worker *w, const struct dsv4_pass *p, int32_t layer, enum dsv4_site site);
 /* The same after every worker has made its columns of the output. */
 int dsv4_at_columns(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, enum dsv4_site site);
 

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #include "core/arena.h"
-#include "model/pass.h"
+#include "model/edit.h"
 
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -50,7 +50,8 @@ dsv4_status dsv4_workspace_reserve(struct dsv4_workspace *ws, const dsv4_model *
     entries = MAX(entries, MAX(1024, 2 * ws->score_capacity));
     size_t small = up64(3 * sizeof(void *) * (size_t)longest_window(m) + 4 * (size_t)c->qk_rope_head_dim +
                         sizeof(void *) * (size_t)(c->num_experts_per_tok + 1));
-    size_t at_keys = small + up64(kernel_scratch(c));
+    size_t at_kernel = small + up64(dsv4_edit_scratch(c));
+    size_t at_keys = at_kernel + up64(kernel_scratch(c));
     size_t at_scores = at_keys + up64(sizeof(void *) * ((size_t)c->sliding_window + (size_t)entries));
     size_t at_top_k = at_scores + up64(4 * (size_t)entries);
     size_t bytes = at_top_k + up64(4 * (size_t)entries + 16384);
@@ -63,7 +64,8 @@ dsv4_status dsv4_workspace_reserve(struct dsv4_workspace *ws, const dsv4_model *
     ws->grown = grown;
     ws->score_capacity = entries;
     ws->at_small = 0;
-    ws->at_kernel = small;
+    ws->at_edit = small;
+    ws->at_kernel = at_kernel;
     ws->at_keys = at_keys;
     ws->at_scores = at_scores;
     ws->at_top_k = at_top_k;

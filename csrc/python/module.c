@@ -23,7 +23,8 @@ static int module_exec(PyObject *module) {
     if (convert_init() < 0 || dsv4_py_add_kernels(module) < 0 || dsv4_py_add_limits(module) < 0 ||
         add_type(module, &state->model_type, &model_spec) < 0 ||
         add_type(module, &state->session_type, &session_spec) < 0 ||
-        add_type(module, &state->sampler_type, &sampler_spec) < 0)
+        add_type(module, &state->sampler_type, &sampler_spec) < 0 ||
+        add_type(module, &state->edit_type, &edit_spec) < 0)
         return -1;
     /* enum dsv4_phase */
     PyObject *phases = Py_BuildValue("(ssssssss)", "fp8", "fp4", "bf16", "f32", "attention",
@@ -63,6 +64,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->model_type);
     Py_VISIT(state->session_type);
     Py_VISIT(state->sampler_type);
+    Py_VISIT(state->edit_type);
     Py_VISIT(state->format_error);
     Py_VISIT(state->nonfinite_error);
     Py_VISIT(state->forked_error);
@@ -76,6 +78,7 @@ static int module_clear(PyObject *module) {
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->session_type);
     Py_CLEAR(state->sampler_type);
+    Py_CLEAR(state->edit_type);
     Py_CLEAR(state->format_error);
     Py_CLEAR(state->nonfinite_error);
     Py_CLEAR(state->forked_error);

@@ -21,7 +21,7 @@
 #include "dsv4.h"
 
 struct module_state {
-    PyTypeObject *model_type, *session_type, *sampler_type;  /* owned */
+    PyTypeObject *model_type, *session_type, *sampler_type, *edit_type; /* owned */
     /* owned: classes of dsv4.errors */
     PyObject *format_error, *nonfinite_error, *forked_error, *unavailable_error, *device_error;
 };
@@ -61,6 +61,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *handle;      /* owned capsule of its model */
     dsv4_session *session; /* owned; NULL once closed */
+    PyObject *edit;        /* owned: the Edit whose functions its steps may call, or NULL */
     Py_ssize_t in_step;    /* steps that run or wait with it */
     Py_ssize_t in_call;    /* other calls; close() is refused while either is positive */
 } SessionObject;
@@ -72,7 +73,7 @@ typedef struct {
     Py_ssize_t in_use; /* steps that run with it now: a second one is refused */
 } SamplerObject;
 
-extern PyType_Spec model_spec, session_spec, sampler_spec;
+extern PyType_Spec model_spec, session_spec, sampler_spec, edit_spec;
 
 /* Waits for this thread's turn to run a step; -1 with an exception set (Ctrl-C), then without it.
  * Between enter and leave no other thread is inside dsv4_step_start or holds a session's lock for
@@ -106,6 +107,11 @@ PyObject *session_blocks(SessionObject *self, PyObject *args);
 PyObject *stores_function(PyObject *module, PyObject *args);
 PyObject *load_session_function(PyObject *module, PyObject *args);
 PyObject *checksum_function(PyObject *module, PyObject *args);
+
+/* py_edit.c: a method of Session; and what a run waits for when dsv4_run_wait gave 2: the function
+ * is called and the run goes on, or is cancelled and -1 returned with an exception set. */
+PyObject *session_edit(SessionObject *self, PyObject *edit);
+int edit_call(dsv4_run *run);
 
 /* A step's result of one sampler: (token, logprob, finish, [(id, logprob), ...]); finish is enum
  * dsv4_finish. */

@@ -63,9 +63,22 @@ static void session_release(SessionObject *self) {
     Py_END_ALLOW_THREADS
 }
 
+static int session_traverse(SessionObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->edit);
+    return 0;
+}
+
+static int session_clear(SessionObject *self) {
+    Py_CLEAR(self->edit);
+    return 0;
+}
+
 static void session_dealloc(SessionObject *self) {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
     session_release(self);
+    session_clear(self);
     Py_XDECREF(self->handle);
     type->tp_free(self);
     Py_DECREF(type);
@@ -146,6 +159,7 @@ static PyObject *session_fork(SessionObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_session_fork(&fork->session, session, at, most_kept, &err);
     Py_END_ALLOW_THREADS
+    fork->edit = Py_XNewRef(self->edit);
     call_leave(self, queued);
     if (status) {
         Py_DECREF(fork);
@@ -285,6 +299,9 @@ static PyMethodDef session_methods[] = {
                "and keeps up to most_kept states (-1: as many as this one); nothing is copied.")},
     {"swap", (PyCFunction)(void (*)(void))session_swap, METH_VARARGS,
      PyDoc_STR("swap($self, other, /)\n--\n\nExchange timelines with an idle session.")},
+    {"edit", (PyCFunction)(void (*)(void))session_edit, METH_O,
+     PyDoc_STR("edit($self, edit, /)\n--\n\n"
+               "From now on its steps, and those of forks made later, are edited; None: not.")},
     {"fixed", (PyCFunction)(void (*)(void))session_fixed, METH_NOARGS,
      PyDoc_STR("fixed($self, /)\n--\n\n"
                "uint8 [n]: the fixed state where it lies, until the session moves on.")},
@@ -311,6 +328,8 @@ static PyType_Slot session_slots[] = {
                                   "them; it keeps so many earlier states.")},
     {Py_tp_new, session_new},
     {Py_tp_dealloc, session_dealloc},
+    {Py_tp_traverse, session_traverse},
+    {Py_tp_clear, session_clear},
     {Py_tp_methods, session_methods},
     {Py_tp_getset, session_getset},
     {0, NULL},
@@ -319,6 +338,6 @@ static PyType_Slot session_slots[] = {
 PyType_Spec session_spec = {
     .name = "dsv4._core.Session",
     .basicsize = sizeof(SessionObject),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_HAVE_GC,
     .slots = session_slots,
 };

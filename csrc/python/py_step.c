@@ -19,7 +19,11 @@ dsv4_status finish_run(const struct module_state *state, dsv4_run *run) {
         Py_BEGIN_ALLOW_THREADS
         running = dsv4_run_wait(run, TICK_MS);
         Py_END_ALLOW_THREADS
-        if (running && !interrupted && PyErr_CheckSignals() < 0) {
+        if (running == 2 && interrupted)
+            dsv4_run_resume(run, NULL);
+        else if (running == 2)
+            interrupted = edit_call(run) < 0;
+        else if (running && !interrupted && PyErr_CheckSignals() < 0) {
             interrupted = 1;
             dsv4_run_cancel(run);
         }
@@ -42,7 +46,7 @@ struct holder {
     SamplerObject *sampler; /* owned, in_use counted, or NULL */
     PyObject *logits;       /* owned, or NULL */
     struct taps taps;
-    int32_t *ids;           /* owned */
+    int32_t *ids; /* owned */
 };
 
 struct step_args {

@@ -10,8 +10,8 @@ PyObject *open_handle(const struct module_state *state, ModelObject *model);
 
 /*
  * Waits for a run and frees it; DSV4_OK, or another status with an exception set.  When a signal
- * handler raises (Ctrl-C), the run is cancelled and that exception is the result, once: later
- * signals are left to the interpreter.
+ * handler raises (Ctrl-C), or the function of an edit, the run is cancelled and that exception is
+ * the result, once: later signals are left to the interpreter.
  */
 dsv4_status finish_run(const struct module_state *state, dsv4_run *run);
 
