@@ -103,6 +103,22 @@ def test_batch_of_sixteen(tiny) -> None:
                 same(got, want[s.position - 1 : s.position], f"token {s.position}")
 
 
+@pytest.mark.parametrize("others", [1, 2, 5, 12, 31])
+def test_random_neighbours(tiny, straight, others: int) -> None:
+    """Prompt and decode among 1 to 31 others of any length, in any order."""
+    ids, want = straight
+    draw = np.random.default_rng(others)
+    mine = tiny.session()
+    crowd = [tiny.session() for _ in range(others)]
+    for at, n in ((0, 60), (60, 1), (61, 1), (62, 90), (152, 1)):
+        segments = [(s, prompt(tiny, int(draw.integers(1, 30)), seed=at + i))
+                    for i, s in enumerate(crowd)]
+        segments.append((mine, ids[at : at + n]))
+        draw.shuffle(segments)
+        place = next(i for i, (session, _) in enumerate(segments) if session is mine)
+        same(tiny.step(segments, "all")[place], want[at : at + n], f"at {at}, place {place}")
+
+
 @pytest.mark.parametrize("place", [0, 7, 15])
 def test_place_among_neighbours(models, expected, place: int) -> None:
     """The stored prompt of nano-flash at any place of sixteen, decode beside prompts."""

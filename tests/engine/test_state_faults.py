@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -206,6 +207,45 @@ def test_killed_before_every_call(small, small_folder, saved, tmp_path) -> None:
             break
         assert done.returncode == -9, done.stderr
     assert when > 10 and seen == {90, 700} and os.listdir(tmp_path) == [NAME]
+
+
+SAVING = """
+import sys
+import time
+sys.path.insert(0, sys.argv[1])
+import harness
+with harness.load(sys.argv[2]) as model:
+    sessions = [model.load_session(path) for path in sys.argv[4:]]
+    print("ready", flush=True)
+    while True:
+        for session in sessions:
+            session.save(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.long)])
+def test_killed_at_random_moments(small, small_folder, saved, tmp_path, kills) -> None:
+    """One file, saved over and over: one state or the other, and one leftover at most."""
+    session, path, _ = saved
+    states = [path, tmp_path / "later"]
+    with session.fork() as later:
+        later.append([1] * 50, logits="none")
+        later.save(states[1])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / NAME).write_bytes(path.read_bytes())
+    draw = np.random.default_rng(kills)
+    for kill in range(kills):
+        with subprocess.Popen(
+                [sys.executable, "-c", SAVING, os.path.dirname(__file__), str(small_folder),
+                 str(folder / NAME), *map(str, states)], stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(draw.uniform(0, 0.05))
+            process.kill()
+        assert small.load_session(folder / NAME, verify=True).position in (700, 750), kill
+        assert len(os.listdir(folder)) <= 2
+    session.save(folder / NAME)
+    assert os.listdir(folder) == [NAME]
 
 
 def test_leftovers(small, saved, tmp_path) -> None:

@@ -151,7 +151,7 @@ out = {}
 for path in sys.argv[2:]:
     session = model.load_session(path)
     core, model._core = model._core, Counting()
-    rows = session.append([1, 2, 3] * 7, logits="all")
+    rows = session.append([1, 2, 3] * 22, logits="all")
     model._core = core
     out[path] = hashlib.sha256(rows.tobytes()).hexdigest()
 sets = {v.partition("/")[0] for v in model.kernel_info.values()}
@@ -169,14 +169,14 @@ def test_another_process_on_another_cpu(
     for i, piece in enumerate(pieces(far[0], 700)):
         session.append(piece, logits="none")
         session.save(tmp_path / str(i))
-        rows = session.fork().append([1, 2, 3] * 7, logits="all")
+        rows = session.fork().append([1, 2, 3] * 22, logits="all")
         want[str(tmp_path / str(i))] = hashlib.sha256(rows.tobytes()).hexdigest()
     monkeypatch.setenv("DSV4_CPU_DISABLE", disable)
     done = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESS, str(tiny_folder), *want], check=True,
         capture_output=True, text=True)
     got, computed, sets = json.loads(done.stdout)
-    assert got == want and computed == [21] * len(want)
+    assert got == want and computed == [66] * len(want)
     assert not set(sets) & set(disable.split(","))
 
 

@@ -85,12 +85,13 @@ def test_rows_are_what_they_are_alone(
 
 
 def test_one_prompt_many_times_on_any_threads(model: dsv4.Model) -> None:
-    options: dict[str, Any] = dict(max_new_tokens=6, seed=11, logprobs=1)
+    """A thousand times."""
+    options: dict[str, Any] = dict(max_new_tokens=3, seed=11, logprobs=1)
     wanted = told(one(model.generate("ROMEO:", **options)))
-    for threads, concurrency in ((1, 32), (2, 5)):
+    for threads, concurrency in ((1, 64), (2, 5), (4, 64), (8, 64)):
         with dsv4.load(threads=threads) as loaded:
-            answers = loaded.batch(["ROMEO:"] * 100, concurrency=concurrency, **options)
-            assert {told(a) == wanted for a in answers} == {True}
+            answers = loaded.batch(["ROMEO:"] * 250, concurrency=concurrency, **options)
+            assert [told(a) == wanted for a in answers] == [True] * 250
 
 
 def one(answer: Any) -> dsv4.Completion:
