@@ -9,7 +9,7 @@ on how its prompt is cut.  Source: DESIGN 7; SPEC 7.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,12 +22,18 @@ from dsv4.sampling import Sampling
 from dsv4.session import Session
 from dsv4.tokenizer import StopMatcher, StreamDecoder
 
+if TYPE_CHECKING:
+    from dsv4.trace import Trace
+
 # tokens of a prompt whose logits come out at once: 66 MB with the published vocabulary
 LOGPROBS_PIECE = 128
 FINISH: dict[int, Literal["stop", "length"]] = {1: "stop", 2: "length"}
 WANT_NONE, WANT_LAST, WANT_ALL = 0, 1, 2
 
-Segment = tuple[_core.Session, Any, int, _core.Sampler | None]
+Segment = (
+    tuple[_core.Session, Any, int, _core.Sampler | None]
+    | tuple[_core.Session, Any, int, _core.Sampler | None, Any]
+)
 
 
 class TokenLogprob(NamedTuple):
@@ -105,6 +111,9 @@ class Completion:
         Which answer of the call; of a batch, which row.
     error : Exception or None
         What went wrong with this row of a batch; the other rows know nothing of it.
+    trace : Trace or None
+        What was copied while it was made, if that was asked for: of the prompt, and of every token
+        of the answer but the last, which the model has not read.
     """
 
     text: str
@@ -119,16 +128,17 @@ class Completion:
     seed: int
     index: int = 0
     error: Exception | None = None
+    trace: "Trace | None" = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.text
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, ready for json."""
+        """All fields but the trace, ready for json."""
         def plain(rows: Sequence[TokenLogprob | None] | None) -> list[Any] | None:
             return None if rows is None else [row and row._asdict() for row in rows]
 
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trace"}
         return values | {
             "logprobs": plain(self.logprobs), "prompt_logprobs": plain(self.prompt_logprobs),
             "error": None if self.error is None else told(self.error)}
@@ -174,11 +184,14 @@ class Answer:
         The session to continue; None: one of its own.
     edit : Edit or None
         Of a session of its own.
+    trace : Trace or None
+        Copies internals of its steps.
     """
 
     def __init__(
         self, model: Model, sampling: Sampling, index: int, choice: int, ids: Int32, room: int,
         chat: ThinkingMode | None, session: Session | None = None, edit: Edit | None = None,
+        trace: "Trace | None" = None,
     ) -> None:
         self.model = model
         self.sampling = sampling
@@ -187,6 +200,7 @@ class Answer:
         self.prompt = ids
         self.given = session
         self.edit = edit
+        self.trace = trace
         self.limit = min(room, sampling.max_new_tokens or room)
         self.chat = chat
         self.error: Exception | None = None
@@ -201,6 +215,7 @@ class Answer:
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.visible = _Visible()
         self.shown = 0  # tokens that events have told of
+        self.traced: Any = ()  # ids of the step, for the trace
         self.fed = self.feeding = 0  # tokens of prompt and answer: the session has, the step adds
         self.cuts: list[int] = []  # positions of the prompt at which a step must end
         self.stale = False  # its sampler may know of a token that was not taken
@@ -238,7 +253,12 @@ class Answer:
             self.sampler.seen(self.tokens, False)
 
     def end(self) -> None:
-        """Give the session back."""
+        """Give the session back; a trace made for this answer is complete."""
+        self._give_back()
+        if self.trace is not None and self.trace.one_answer:
+            self.trace.close()
+
+    def _give_back(self) -> None:
         if self.session is not None and self.given is None:
             self.session.close()
 
@@ -249,9 +269,11 @@ class Answer:
         if self.session.position == self.fed:
             self.stale = True
         else:  # the session moved on, and what came of it was not taken
-            self.end()
+            self._give_back()
             self.session = None
             self._reset()
+            if self.trace is not None:
+                self.trace.forget()
 
     @property
     def decoding(self) -> bool:
@@ -261,8 +283,9 @@ class Answer:
     @property
     def sharable(self) -> bool:
         """Its prompt may begin with a fork: it has a session of its own without an edit, and nobody
-        asked for the log-probabilities of the prompt."""
-        return (self.given is None and not self.edit and self.sampling.prompt_logprobs is None)
+        asked for the log-probabilities of the prompt, nor for a trace of it."""
+        return (self.given is None and not self.edit and self.sampling.prompt_logprobs is None
+                and self.trace is None)
 
     def segment(self, most: int) -> Segment:
         """What the next step does for this sequence: at most `most` tokens of a prompt.
@@ -277,8 +300,8 @@ class Answer:
             ids: Any = self.tokens[self.fed - n :]
         else:
             end = n if self.given is not None else min(n, self.fed + most)
-            if self.prompt_logprobs is not None:  # logits of all rows come out: bound their memory
-                end = min(end, self.fed + LOGPROBS_PIECE)
+            if self.prompt_logprobs is not None or (self.trace and self.trace.rows_wanted):
+                end = min(end, self.fed + LOGPROBS_PIECE)  # logits of all rows: bound their memory
             end = min([end, *(cut for cut in self.cuts if cut > self.fed)])
             ids = self.prompt[self.fed : end]
         self.feeding = len(ids)
@@ -286,11 +309,18 @@ class Answer:
         edited = self.sampling.logits_processor is not None
         wants_all = self.prompt_logprobs is not None and fed <= n
         want = WANT_ALL if wants_all else WANT_LAST if edited and fed >= n else WANT_NONE
-        return self.session._core, ids, want, self.sampler if fed >= n and not edited else None
+        sampler = self.sampler if fed >= n and not edited else None
+        if self.trace is None:
+            return self.session._core, ids, want, sampler
+        self.traced = ids
+        taps = self.trace.begin(self.session.position, len(ids))
+        return self.session._core, ids, self.trace.want(want), sampler, taps
 
     def take(self, logits: Float32 | None, sample: "_core._Sample | None") -> list[Event]:
         """What a step gave: log-probabilities of the prompt, a token.  `fed` stays behind until
         the events are handed out: then the step is taken."""
+        if self.trace is not None:
+            self.trace.take(self.traced, logits)
         if self.prompt_logprobs is not None and not self.tokens and logits is not None:
             self._take_prompt(logits)
         if self.fed + self.feeding < len(self.prompt):
@@ -414,5 +444,5 @@ class Answer:
             timings=dict(
                 prompt_s=max(0.0, self.first - self.started), decode_s=decode,
                 tokens_per_s=(m - 1) / decode if decode > 0 else 0.0),
-            seed=self.sampling.seed, index=self.index, error=self.error,
+            seed=self.sampling.seed, index=self.index, error=self.error, trace=self.trace,
         )

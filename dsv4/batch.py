@@ -191,6 +191,9 @@ class _Batch:
         self.form, parameters = form_of(arguments)
         if "session" in parameters:
             raise TypeError("session: a batch has sessions of its own")
+        if not isinstance(self.form.get("trace", {}), Mapping | None):
+            raise TypeError("trace: got one for all prompts, wanted a dict of its arguments, or a "
+                            "Trace in the arguments of a prompt")
         sampling = parameters.pop("sampling", None)
         self.sampling = checked_sampling(model, sampling, parameters)
         # None: rows may not add to an object, only replace it

@@ -163,6 +163,8 @@ def work(
         _refuse(source, lines)
     with nullcontext(model) if isinstance(model, Model) else model() as loaded:
         form, parameters = form_of(arguments)
+        if "trace" in form:
+            raise TypeError("trace: not available in a job, whose answers go to a file")
         if "logits_processor" in parameters:
             raise TypeError("logits_processor: not available in a job: it could not be resumed")
         parameters = by_our_names({k: v for k, v in parameters.items() if v is not None})

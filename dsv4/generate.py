@@ -8,7 +8,7 @@ sequences than `MAX_LIVE` wait for a place.  Source: DESIGN 6, 7; SPEC 7.
 
 from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,9 +21,14 @@ from dsv4.sampling import Sampling
 from dsv4.scheduler import Scheduler
 from dsv4.session import Session
 
+if TYPE_CHECKING:
+    from dsv4.trace import Trace
+
 MAX_LIVE = 16
 # arguments of a prompt, beside those of the sampling
-FORM = ("special", "thinking_mode", "reasoning_effort", "drop_thinking", "version", "edit")
+FORM = (
+    "special", "thinking_mode", "reasoning_effort", "drop_thinking", "version", "edit", "trace",
+)
 
 
 class Stream(Generator[Event, None, None]):
@@ -78,7 +83,7 @@ def generate(
     model: Model, prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
     thinking_mode: ThinkingMode = "chat", reasoning_effort: str | None = None,
     drop_thinking: bool = True, version: Literal["v4", "0731"] | None = None,
-    session: Session | None = None, edit: Edit | None = None, **parameters: Any,
+    session: Session | None = None, edit: Edit | None = None, trace: Any = None, **parameters: Any,
 ) -> Completion | list[Completion]:
     """Generate whole answers.
 
@@ -102,6 +107,9 @@ def generate(
     edit : Edit, optional
         What is changed inside the model for these answers (`dsv4.edit`); a session given has its
         own.
+    trace : Trace or dict, optional
+        Copy internals meanwhile: a `Trace`, or its arguments, which make one for each answer; it is
+        the completion's `trace`.
     **parameters
         Sampling parameters by name or alias.
 
@@ -139,7 +147,7 @@ def generate(
     True
     """
     work = _Work(model, prompt, sampling, session, parameters, special, thinking_mode,
-                 reasoning_effort, drop_thinking, version, edit)
+                 reasoning_effort, drop_thinking, version, edit, trace)
     with Stream(work.answers, events_of(model, work.answers)) as events:
         for _ in events:
             pass
@@ -151,7 +159,7 @@ def stream(
     model: Model, prompt: Any, *, sampling: Sampling | None = None, special: bool = False,
     thinking_mode: ThinkingMode = "chat", reasoning_effort: str | None = None,
     drop_thinking: bool = True, version: Literal["v4", "0731"] | None = None,
-    session: Session | None = None, edit: Edit | None = None, **parameters: Any,
+    session: Session | None = None, edit: Edit | None = None, trace: Any = None, **parameters: Any,
 ) -> Stream:
     """Like `generate`, but piece by piece.
 
@@ -170,7 +178,7 @@ def stream(
     6
     """
     work = _Work(model, prompt, sampling, session, parameters, special, thinking_mode,
-                 reasoning_effort, drop_thinking, version, edit)
+                 reasoning_effort, drop_thinking, version, edit, trace)
     return Stream(work.answers, events_of(model, work.answers))
 
 
@@ -201,6 +209,10 @@ class _Work:
             name = f"prompt[{i}]" if several else "prompt"
             self.answers += answers(model, one, sampling, session, *form, name=name,
                                     index=len(self.answers))
+        traces = [answer.trace for answer in self.answers if answer.trace is not None]
+        if len({id(trace) for trace in traces}) < len(traces):
+            raise ValueError("trace: got one for several prompts, wanted a dict of its arguments: "
+                             "each answer has a trace of its own")
 
 
 
@@ -250,7 +262,7 @@ def answers(
     model: Model, prompt: Any, sampling: Sampling, session: Session | None = None,
     special: bool = False, thinking_mode: ThinkingMode = "chat",
     reasoning_effort: str | None = None, drop_thinking: bool = True,
-    version: Literal["v4", "0731"] | None = None, edit: Edit | None = None, *,
+    version: Literal["v4", "0731"] | None = None, edit: Edit | None = None, trace: Any = None, *,
     name: str = "prompt", index: int = 0, same_index: bool = False,
 ) -> list[Answer]:
     """The `n` answers to one prompt, with nothing computed yet."""
@@ -267,11 +279,31 @@ def answers(
     else:
         ids = model.ids(prompt, name, bos=start == 0, special=special)
     room = _room(model, start, len(ids), name)
+    traces = _traces(model, trace, sampling, start, len(ids))
     return [
         Answer(model, sampling, index if same_index else index + choice, choice, ids, room, chat,
-               session, edit)
+                session, edit, traces[choice])
         for choice in range(sampling.n)
     ]
+
+
+def _traces(
+    model: Model, trace: Any, sampling: Sampling, start: int, n: int
+) -> "Sequence[Trace | None]":
+    """A trace for each of the answers to a prompt of n tokens, with room for it and for as many
+    tokens as were asked for."""
+    if trace is None:
+        return [None] * sampling.n
+    from dsv4.trace import Trace, requested
+
+    if sampling.n > 1 and (isinstance(trace, Trace) or (
+            isinstance(trace, Mapping) and "out" in trace)):
+        raise ValueError(f"trace: got one for {sampling.n} answers, wanted a dict of its arguments "
+                         "without out: each answer has a trace of its own")
+    traces = [requested(trace, model) for _ in range(sampling.n)]
+    for each in traces:
+        each.check_room(start, n + (sampling.max_new_tokens or 0))
+    return traces
 
 
 def _room(model: Model, start: int, n: int, name: str) -> int:

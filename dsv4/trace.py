@@ -30,12 +30,12 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,17 +49,20 @@ from dsv4.trace_views import (
     HyperTrace,
     IndexerTrace,
     KVTrace,
+    Layers,
     MixTrace,
     RouterTrace,
     SublayerTrace,
+    View,
+    indexer_table,
     plain,
+    router_table,
 )
 
 if TYPE_CHECKING:
     from dsv4.model import Model
     from dsv4.session import Session
 
-View = TypeVar("View")
 Select: TypeAlias = bool | Sequence[int] | None
 Tap = tuple[int, int, npt.NDArray[Any]]
 
@@ -97,36 +100,6 @@ HOOKS: dict[str, str] = {
 NAN, NONE = float("nan"), 0.0
 # tokens whose logits come out at once: 66 MB with the published vocabulary
 ROWS_AT_ONCE = 128
-
-
-class Layers(Mapping[int, View], Generic[View]):
-    """What a trace has of its layers, by layer.
-
-    Raises
-    ------
-    KeyError
-        The layer was not traced; says which were, and how to ask.
-    """
-
-    def __init__(self, part: str, layers: Sequence[int], view: Callable[[int], View]) -> None:
-        self._part, self._layers, self._view = part, layers, view
-
-    def __getitem__(self, layer: int) -> View:
-        if layer in self._layers:
-            return self._view(layer)
-        near = sorted(self._layers, key=lambda i: abs(i - layer) if isinstance(layer, int) else i)
-        have = f"nearest are {sorted(near[:3])}" if near else "none were"
-        raise KeyError(f"{self._part}: layer {layer!r} was not traced ({have}); "
-                       f"ask for it with {self._part}=[{layer}]")
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __repr__(self) -> str:
-        return f"<dsv4 trace: {self._part} of layers {list(self._layers)}>"
 
 
 class Trace:
@@ -206,6 +179,7 @@ class Trace:
         self._folder = None if out is None else _new_folder(out)
         self._make_columns()
         self._last: Float32 | None = None  # logits after the last token
+        self.one_answer = False  # made for an answer, closed with it
         self._started = self._closed = False
         self._room_end = 0  # the position up to which there is room
 
@@ -432,11 +406,22 @@ class Trace:
         except ImportError:
             raise ImportError(
                 "to_pandas needs pandas, which is not installed: pip install pandas") from None
-        tables = {"tokens": self._token_table, "router": self._router_table,
-                  "indexer": self._indexer_table}
-        if what not in tables:
-            raise ValueError(f"what: got {what!r}, wanted one of {', '.join(tables)}")
-        return pandas.DataFrame(tables[what]())
+        if what == "tokens":
+            return pandas.DataFrame(self._token_table())
+        if what == "router":
+            return pandas.DataFrame(router_table(self.router, len(self), self.position))
+        if what == "indexer":
+            return pandas.DataFrame(indexer_table(self.indexer, self.position))
+        raise ValueError(f"what: got {what!r}, wanted 'tokens', 'router' or 'indexer'")
+
+    def _token_table(self) -> dict[str, Any]:
+        table: dict[str, Any] = {
+            "position": np.arange(self.position, self.position + len(self)), "token": self.tokens}
+        if self.model.tokenizer is not None:
+            table["text"] = self.texts
+        if self.nll is not None:
+            table["nll"] = np.concatenate([[NAN], self.nll])[: len(self)]
+        return table
 
     def close(self) -> None:
         """End it: `session` is closed, files are cut to what there is.  What was traced can still
@@ -502,42 +487,6 @@ class Trace:
             self._value("kv", i), entries("kv_compressed", c.head_dim),
             entries("kv_index", c.index_head_dim), self.position // ratio if ratio else 0, ratio,
             ("kv_index", i) in self._columns)
-
-    def _token_table(self) -> dict[str, Any]:
-        table: dict[str, Any] = {
-            "position": np.arange(self.position, self.position + len(self)), "token": self.tokens}
-        if self.model.tokenizer is not None:
-            table["text"] = self.texts
-        if self.nll is not None:
-            table["nll"] = np.concatenate([[NAN], self.nll])[: len(self)]
-        return table
-
-    def _router_table(self) -> dict[str, Any]:
-        n, k = len(self), self.model.config.num_experts_per_tok
-        layers = list(self.router)
-        views = list(self.router.values())
-        return {
-            "layer": np.repeat(np.array(layers, int), n * k),
-            "position": np.tile(np.repeat(np.arange(n) + self.position, k), len(layers)),
-            "choice": np.tile(np.arange(k), n * len(layers)),
-            "expert": np.concatenate([v.experts.ravel() for v in views] or [np.zeros(0, int)]),
-            "weight": np.concatenate(
-                [v.weights.ravel() for v in views] or [np.zeros(0, np.float32)]),
-        }
-
-    def _indexer_table(self) -> dict[str, Any]:
-        table: dict[str, list[Any]] = {
-            name: [np.zeros(0, int)]
-            for name in ("layer", "position", "entry", "score", "first", "end")}
-        for layer, view in self.indexer.items():
-            row, rank = np.nonzero(view.selected >= 0)
-            entry = view.selected[row, rank]
-            ranges = view.ranges(entry)
-            found = (np.full(len(row), layer), row + self.position, entry, view.scores[row, entry],
-                     ranges[:, 0], ranges[:, 1])
-            for name, values in zip(table, found, strict=True):
-                table[name].append(values)
-        return {name: np.concatenate(values) for name, values in table.items()}
 
     # ---- while a model runs ----
 
@@ -697,7 +646,9 @@ def checked(trace: object, model: "Model", name: str = "trace") -> Trace:
 def requested(trace: object, model: "Model") -> Trace:
     """A trace, or a new one from a dict of the arguments of `Trace`."""
     if isinstance(trace, Mapping):
-        return Trace(model, **{str(name): value for name, value in trace.items()})
+        made = Trace(model, **{str(name): value for name, value in trace.items()})
+        made.one_answer = True
+        return made
     if not isinstance(trace, Trace):
         raise TypeError(f"trace: got {type(trace).__name__}, wanted a dsv4.Trace, a dict of its "
                         "arguments, or None")

@@ -5,13 +5,46 @@ n is the number of tokens traced; row i belongs to token i.  Arrays are views of
 holds: they stay as they are when the trace goes on.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv4.arrays import Float32, Int32
+
+View = TypeVar("View")
+
+
+class Layers(Mapping[int, View], Generic[View]):
+    """What a trace has of its layers, by layer.
+
+    Raises
+    ------
+    KeyError
+        The layer was not traced; says which were, and how to ask.
+    """
+
+    def __init__(self, part: str, layers: Sequence[int], view: Callable[[int], View]) -> None:
+        self._part, self._layers, self._view = part, layers, view
+
+    def __getitem__(self, layer: int) -> View:
+        if layer in self._layers:
+            return self._view(layer)
+        near = sorted(self._layers, key=lambda i: abs(i - layer) if isinstance(layer, int) else i)
+        have = f"nearest are {sorted(near[:3])}" if near else "none were"
+        raise KeyError(f"{self._part}: layer {layer!r} was not traced ({have}); "
+                       f"ask for it with {self._part}=[{layer}]")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"<dsv4 trace: {self._part} of layers {list(self._layers)}>"
 
 
 def token_ranges(entries: npt.ArrayLike, ratio: int, overlap: bool) -> Int32:
@@ -266,3 +299,31 @@ def plain(view: Any) -> Any:
         return view
     names = [name for name in view.__slots__ if not name.startswith("_")]
     return {name: plain(getattr(view, name)) for name in names}
+
+
+def router_table(router: Mapping[int, RouterTrace], n: int, position: int) -> dict[str, Any]:
+    """Columns with a row for each layer, token and choice."""
+    views = list(router.values())
+    k = views[0].experts.shape[1] if views else 0
+    return {
+        "layer": np.repeat(np.array(list(router), int), n * k),
+        "position": np.tile(np.repeat(np.arange(n) + position, k), len(views)),
+        "choice": np.tile(np.arange(k), n * len(views)),
+        "expert": np.concatenate([np.zeros(0, np.int32), *(v.experts.ravel() for v in views)]),
+        "weight": np.concatenate([np.zeros(0, np.float32), *(v.weights.ravel() for v in views)]),
+    }
+
+
+def indexer_table(indexer: Mapping[int, IndexerTrace], position: int) -> dict[str, Any]:
+    """Columns with a row for each layer, token and entry selected."""
+    names = ("layer", "position", "entry", "score", "first", "end")
+    table: dict[str, list[Any]] = {name: [np.zeros(0, int)] for name in names}
+    for layer, view in indexer.items():
+        row, rank = np.nonzero(view.selected >= 0)
+        entry = view.selected[row, rank]
+        ranges = view.ranges(entry)
+        found = (np.full(len(row), layer), row + position, entry, view.scores[row, entry],
+                 ranges[:, 0], ranges[:, 1])
+        for name, values in zip(names, found, strict=True):
+            table[name].append(values)
+    return {name: np.concatenate(values) for name, values in table.items()}
