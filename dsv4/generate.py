@@ -200,7 +200,7 @@ class _Work:
                 raise ValueError("session: got one of another model, wanted one of this model")
             if self.several:
                 raise ValueError("session: got one session for several answers, wanted one answer")
-            if form[-1] is not None:
+            if form[FORM.index("edit")] is not None:
                 raise ValueError("edit: got one beside a session, which has its own; wanted None, "
                                  "or session.fork(edit=...)")
         prompts = list(prompt) if several else [prompt]
