@@ -274,6 +274,8 @@ struct dsv4_cuda_top_k_args {
 
 /* --------------------------------------------------------------------------------------------------------------- MoE */
 
+enum { DSV4_CUDA_EXPERTS = 1023 }; /* most experts of a layer */
+
 /* router of n_tok tokens; with `table` the experts of a token are table[id], int32 or int64 [vocab][top_k], any
  * alignment. */
 struct dsv4_cuda_router_args {

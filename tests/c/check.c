@@ -20,7 +20,7 @@ struct check_family {
 };
 extern const struct check_family check_families[];
 
-enum { MAX_BUFFERS = 64, GAP_BYTE = 0xa5 };
+enum { MAX_BUFFERS = 128, GAP_BYTE = 0xa5 };
 
 static struct buffer {
     unsigned char *map, *data;

@@ -4,15 +4,13 @@
     python tests/cuda/build_cuda.py --run [-- arguments]      kernels/cuda/*.cu by g++ over host.h
     python tests/cuda/build_cuda.py --compile [sm_90a ...]    by nvcc; registers against budgets
 
-Without architectures --compile takes all that are shipped; warnings are errors in both.  nvcc is
-the one of the PATH, of CUDA_HOME, or of NVIDIA's Python packages (nvidia-cuda-nvcc and others).
+Without architectures --compile takes those that setup.py builds for; flags and nvcc are setup.py's,
+warnings are errors.
 """
 
 import argparse
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,21 +19,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cuda"
+sys.path.insert(0, str(ROOT / "tests" / "c"))
+
+from build import setup_constants  # noqa: E402
+
 INCLUDE = [f"-I{ROOT / folder}" for folder in (
     ".", "kernels", "kernels/cuda", "kernels/cpu/ref", "tests/cuda", "tests/c")]
 C_FLAGS = ["-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off"]
 C_WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wundef", "-Werror"]
-NVCC_FLAGS = [
-    "-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true",
-    "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden",
-]
-ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "sm_120"]
-
 # most registers a thread and bytes of shared memory a block of any kernel in a file may use, on
 # every architecture; spills are never allowed
 BUDGETS = {
+    "ends": (40, 2100),
+    "hyper": (64, 9000),
     "linear": (128, 35000),
     "linear_many": (255, 26000),
+    "moe": (48, 9000),
     "rows": (48, 9000),
 }
 # files without kernels
@@ -86,20 +85,6 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     return program
 
 
-def nvcc() -> list[str] | None:
-    """The command of nvcc with what it needs, or None."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    for found in (shutil.which("nvcc"), shutil.which("nvcc", path=f"{home}/bin")):
-        if found:
-            return [found]
-    spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        found = shutil.which("nvcc", path=f"{place}/cu13/bin")
-        if found:
-            return [found]
-    return None
-
-
 def usage(report: str) -> list[tuple[str, int, int, int]]:
     """(kernel, registers, bytes of shared memory, bytes spilled) from `ptxas -v`."""
     out = []
@@ -115,15 +100,19 @@ def usage(report: str) -> list[tuple[str, int, int, int]]:
 
 def compile_all(architectures: list[str], verbose: bool) -> None:
     """Compiles every kernel for these architectures and checks what each uses."""
-    compiler = nvcc()
-    if not compiler:
-        sys.exit("nvcc was not found: neither in the PATH, in CUDA_HOME, nor in Python's packages")
+    constants = setup_constants()
+    nvcc = constants["find_nvcc"]()
+    if not nvcc:
+        sys.exit("found no nvcc on PATH, in CUDA_HOME, in /usr/local/cuda or in Python's packages")
+    flags = [*constants["CUDA_FLAGS"], *constants["CUDA_WERROR"], f"-I{ROOT}",
+             f"-I{ROOT / 'kernels'}"]
+    architectures = architectures or [f"sm_{arch}" for arch in constants["cuda_archs"](nvcc)]
     files = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
     jobs = [(source, arch) for source in files if source.stem in BUDGETS for arch in architectures]
     with tempfile.TemporaryDirectory() as folder:
         results = parallel([
-            [*compiler, *NVCC_FLAGS, *INCLUDE[:4], f"-arch={arch}", "-Xptxas", "-v", "-c",
-             str(source), "-o", f"{folder}/{source.stem}.{arch}.o"] for source, arch in jobs])
+            [str(nvcc), *flags, f"-arch={arch}", "-Xptxas", "-v", "-c", str(source),
+             "-o", f"{folder}/{source.stem}.{arch}.o"] for source, arch in jobs])
     broken = []
     for (source, arch), done in zip(jobs, results, strict=True):
         kernels = usage(done.stdout + done.stderr)
@@ -150,7 +139,7 @@ if __name__ == "__main__":
     parser.add_argument("arguments", nargs="*", help="for the checks: --only, --seed, --list")
     options = parser.parse_args()
     if options.compile is not None:
-        compile_all(options.compile or ARCHITECTURES, options.verbose)
+        compile_all(options.compile, options.verbose)
     if options.run:
         with tempfile.TemporaryDirectory() as scratch:
             checks = build(Path(scratch))

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* See weights.h; as a family of its own: every FP8 and FP4 code with every scale, through a layer of one column. */
+#include <stdlib.h>
+
 #include "weights.h"
 
 void check_weights(void);
@@ -75,9 +77,11 @@ void ref_linear(const struct dsv4_weight *w, void *out, int out_f32, ptrdiff_t l
     dsv4k_linear_fn *const by_format[DSV4_W_FORMATS] = {
         [DSV4_W_FP8] = ref()->linear_few_fp8, [DSV4_W_FP4] = ref()->linear_few_fp4,
         [DSV4_W_BF16] = ref()->linear_few_bf16, [DSV4_W_F32] = ref()->linear_few_f32};
+    void *scratch = aligned_alloc(64, (DSV4_LINEAR_SCRATCH(w->cols) + 63) / 64 * 64);
     by_format[w->format](&(struct dsv4_linear_args){
-        .out = out, .x = x, .tok = tok, .w = w, .scratch = check_aligned(DSV4_LINEAR_SCRATCH(w->cols), 64),
+        .out = out, .x = x, .tok = tok, .w = w, .scratch = scratch,
         .ld_out = ld_out, .ld_x = ld_x, .n_tok = n_tok, .row0 = row0, .row1 = row1, .out_f32 = out_f32});
+    free(scratch);
 }
 
 /* x = 1 in one column, and rows for all codes: the decoded weights themselves. */
