@@ -182,7 +182,7 @@ struct dsv4_cuda_norm_kv_args {
     const dsv4_bf16 *qa, *kv;   /* [n_tok][q_lora], [n_tok][d_head] */
     const float *q_norm, *kv_norm;
     const float *cos, *sin;     /* [n_tok][d_rope / 2] */
-    int32_t n_tok, q_lora, d_head, d_rope, quant; /* quant: the operand is act_quant, else act_flush */
+    int32_t n_tok, q_lora, d_head, d_rope, quant; /* d_head <= 2048; quant: the operand is act_quant, else act_flush */
     enum dsv4_kv_format format;
     float eps;
 };
@@ -196,7 +196,7 @@ struct dsv4_cuda_windows_args {
     const float *freq;             /* [d_rope / 2] */
     int32_t ratio, overlap, dim, d_rope, slots;
     int32_t index;                 /* 1: the index compressor (index_k, index_gate -> index), dim <= 256 */
-    int32_t max_window;            /* at least the windows that end in this pass */
+    int32_t max_window;            /* at least the windows that end in this pass; dim <= 2048, d_rope <= 512 */
     enum dsv4_kv_format format;
     float eps;
 };
@@ -235,7 +235,7 @@ struct dsv4_cuda_keys_args {
     size_t kv_row;
 };
 
-/* attention of n_tok tokens over their key lists. */
+/* attention of n_tok tokens, at most 65535, over their key lists. */
 struct dsv4_cuda_attention_args {
     dsv4_bf16 *out;             /* [n_tok][n_head][d_head] */
     const dsv4_bf16 *q;
@@ -261,7 +261,7 @@ struct dsv4_cuda_scores_args {
     const dsv4_bf16 *head_w; /* [n_tok][n_head] */
     int32_t *bad;            /* [1] becomes min(itself, layer) where a score is NaN */
     float w_scale;
-    int32_t n_head, d_index, ratio, top_k, max_entry, layer; /* d_index <= 256 */
+    int32_t n_head, d_index, ratio, top_k, max_entry, layer; /* d_index 32, 64, 128 or 256 */
 };
 
 /* top_k of each token's first (position + 1) / ratio scores; all ids where these are not more than k. */
