@@ -43,7 +43,7 @@ X86_FOLDERS = {
     "kernels/cpu/avx2": AVX2,
     "kernels/cpu/avx512": AVX512,
     "kernels/cpu/avx512vnni": [*AVX512, "-mavx512vnni"],
-    "kernels/cpu/avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "kernels/cpu/avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"],
 }
 
 

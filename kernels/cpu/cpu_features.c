@@ -41,7 +41,7 @@ unsigned dsv4k_cpu_features(void) {
     if (!bit(c7, 11))
         return found;
     found |= DSV4_SET_AVX512VNNI;
-    if (bit(a71, 5)) /* no processor has it without the other */
+    if (bit(a71, 5) && bit(c7, 1)) /* Cooper Lake has the dot without vbmi; none lacks vnni */
         found |= DSV4_SET_AVX512BF16;
     return found;
 }

@@ -257,10 +257,10 @@ INLINE void sums_of_tile(float *sums, lanes v[SUM_TOKENS][4][UNITS]) {
 #define F32_OPERANDS 1
 #include "cpu/linear_entries.h"
 
-LINEAR_WALK(rows2, 2, 0, 2048)
-LINEAR_WALK(rows4, 4, 0, 2048)
-LINEAR_WALK(rows4_spaced, 4, 1, 2048)
-LINEAR_WALK(rows4_far, 4, 0, 8192)
+LINEAR_WALK(rows2, 2, 0, 2048, 0)
+LINEAR_WALK(rows4, 4, 0, 2048, 0)
+LINEAR_WALK(rows4_spaced, 4, 1, 2048, 0)
+LINEAR_WALK(rows4_far, 4, 0, 8192, 0)
 
 static void dsv4k_linear_few_f32_avx2(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_F32);
