@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsv4 import edit as edit
     from dsv4 import plot as plot
     from dsv4.answer import Completion, Event, TokenLogprob
+    from dsv4.attention import Attention, AttentionState
     from dsv4.batch_jobs import BatchReport, run_batch
     from dsv4.completion import parse_completion
     from dsv4.config import Config
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dsv4.loading import kernel_info, load
     from dsv4.memory import Plan, plan
     from dsv4.model import Model
+    from dsv4.moe import MoE
     from dsv4.sampling import Sampling
     from dsv4.scheduler import Handle, Scheduler
     from dsv4.session import Session
@@ -62,6 +64,9 @@ _WHERE = {
     "Event": "answer",
     "Stream": "generate",
     "TokenLogprob": "answer",
+    "Attention": "attention",
+    "AttentionState": "attention",
+    "MoE": "moe",
     "Layer": "layers",
     "Model": "model",
     "Session": "session",
@@ -78,6 +83,8 @@ _WHERE = {
 }
 
 __all__ = [
+    "Attention",
+    "AttentionState",
     "BackendUnavailable",
     "BatchReport",
     "Completion",
@@ -91,6 +98,7 @@ __all__ = [
     "FormatError",
     "Handle",
     "Layer",
+    "MoE",
     "Model",
     "NonFiniteLogitsError",
     "Plan",
