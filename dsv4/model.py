@@ -257,7 +257,7 @@ class Model:
         streams: Any = None, streams_in: Any = None, streams_mid: Any = None, kv: Any = None,
         attention: Any = None, heads: Any = None, hyper: Any = None, sublayers: Any = None,
         logits: Logits = "none", nll: bool = False, out: str | os.PathLike[str] | None = None,
-        **unknown: Any,
+        edit: "Edit | None" = None, **unknown: Any,
     ) -> "Trace":
         """Run a prompt in a new session, and copy internals out meanwhile.
 
@@ -287,6 +287,8 @@ class Model:
             Keep -log p of each token.
         out : path, optional
             An empty or new folder: everything goes to `.npy` files there instead of memory.
+        edit : Edit, optional
+            What the session changes (`dsv4.edit`); values are traced after they are changed.
 
         Returns
         -------
@@ -310,15 +312,17 @@ class Model:
         ...         same, t.streams[1].shape[0] == n, len(t.nll) == n - 1
         (True, True, True)
         """
+        from dsv4.edit_base import checked
         from dsv4.trace import Trace
 
         ids = self.ids(prompt, bos=True, special=special)
         check_room(0, len(ids), self.config.max_position_embeddings, "prompt")
+        checked(edit).check(self.config)
         traced = Trace(
             self, router=router, indexer=indexer, streams=streams, streams_in=streams_in,
             streams_mid=streams_mid, kv=kv, attention=attention, heads=heads, hyper=hyper,
             sublayers=sublayers, logits=logits, nll=nll, out=out, **unknown)
-        traced.session = self.session()
+        traced.session = self.session(edit=edit)
         try:
             traced.append(traced.session, ids, 0)
         except BaseException:

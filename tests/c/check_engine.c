@@ -2,7 +2,7 @@
 /*
  * The engine without Python: a random model of three layers (SWA with hash routing, CSA, HCA) in a temporary file, and the
  * promises of dsv4.h: the same bits for any cut into chunks, threads and neighbours; a cancelled or refused step leaves
- * no trace; bad tensors are refused.  Small enough for sanitizers and emulated processors.
+ * no trace; edits keep all that; bad tensors are refused.  Small enough for sanitizers and emulated processors.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -196,11 +196,30 @@ static dsv4_status load(dsv4_model **m, const struct file *f, int threads, int c
     return load_with(m, f, &options, NULL, err);
 }
 
+/* The streams an edit asks about, halved. */
+static void answer(dsv4_run *run) {
+    struct dsv4_call call;
+    dsv4_run_call(run, &call);
+    size_t n = (size_t)call.n * (size_t)call.hc_mult * (size_t)call.hidden_size;
+    float *streams = malloc(n * sizeof *streams);
+    int32_t *positions = malloc((size_t)call.n * sizeof *positions);
+    check_true(call.function == &CONFIG && call.layer == 1, "the operation that asks");
+    dsv4_run_read(run, streams, positions);
+    check_true(positions[0] >= 4 && positions[call.n - 1] < 30, "its positions");
+    for (size_t i = 0; i < n; i++)
+        streams[i] *= 0.5f;
+    dsv4_run_resume(run, streams);
+    free(streams);
+    free(positions);
+}
+
 static dsv4_status step(dsv4_model *m, struct dsv4_segment *segments, int n, dsv4_error *err) {
     dsv4_run *run;
+    int state;
     DSV4_TRY(dsv4_step_start(&run, m, segments, n, NULL, err));
-    while (dsv4_run_wait(run, 50))
-        continue;
+    while ((state = dsv4_run_wait(run, 50)))
+        if (state == 2)
+            answer(run);
     return dsv4_run_finish(run, err);
 }
 
@@ -210,9 +229,10 @@ static dsv4_session *session(dsv4_model *m) {
     return s;
 }
 
-/* All logits of the prompt, fed in pieces of `chunk` tokens. */
-static void run_prompt(dsv4_model *m, const int32_t *ids, int chunk, float *logits) {
+/* All logits of the prompt, fed in pieces of `chunk` tokens, with an edit or NULL. */
+static void run_edited(dsv4_model *m, dsv4_edit *edit, const int32_t *ids, int chunk, float *logits) {
     dsv4_session *s = session(m);
+    check_true(dsv4_session_edit(s, edit, NULL) == DSV4_OK, "edit");
     for (int at = 0; at < PROMPT; at += chunk) {
         int n = PROMPT - at < chunk ? PROMPT - at : chunk;
         struct dsv4_segment seg = {s, ids + at, logits + (size_t)at * VOCAB, NULL, NULL, n, DSV4_LOGITS_ALL, NULL};
@@ -222,6 +242,10 @@ static void run_prompt(dsv4_model *m, const int32_t *ids, int chunk, float *logi
     }
     check_true(dsv4_session_position(s) == PROMPT, "position");
     dsv4_session_destroy(s);
+}
+
+static void run_prompt(dsv4_model *m, const int32_t *ids, int chunk, float *logits) {
+    run_edited(m, NULL, ids, chunk, logits);
 }
 
 static void same(const char *what, const float *got, const float *want, size_t n) {
@@ -283,6 +307,75 @@ static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
     }
     check_true(cancelled == 30, "steps were cancelled");
     dsv4_session_destroy(s);
+}
+
+/* One operation of every kind, at the same positions but for the rows of its own that SET has. */
+static dsv4_edit *make_edit(dsv4_model *m) {
+    static const int32_t some[] = {4, 9, 12, 30}, three[] = {2, 3, 20, 22}, one[] = {1}, both[] = {3};
+    static const int32_t experts[] = {3, 1}, entries[] = {1, 3}, forced[] = {5, 6};
+    static float rows[3][2][96], limits[2][96], factors[] = {0.5f, 3.0f};
+    for (int i = 0; i < 96; i++) {
+        for (int j = 0; j < 6; j++)
+            rows[j / 2][j % 2][i] = (float)((i * 7 + j * 5) % 13 - 6) / 4.0f;
+        limits[0][i] = -0.5f;
+        limits[1][i] = 0.75f;
+    }
+#define OP(k, at, l, id, n) .kind = (k), .site = (at), .layer = (l), .n_row = 1, .ids = (id), .n_id = (n)
+    const struct dsv4_edit_op ops[] = {
+        {OP(DSV4_EDIT_ADD, DSV4_AT_STREAMS, -1, one, 1), .positions = some, .n_range = 2, .values = rows[0][0], .n_value = 96},
+        {OP(DSV4_EDIT_ADD, DSV4_AT_FFN_IN, 1, one, 1), .values = rows[1][0], .n_value = 96},
+        {.kind = DSV4_EDIT_SET, .layer = 0, .n_row = 3, .ids = both, .n_id = 1, .positions = three, .n_range = 2,
+         .values = rows[0][0], .n_value = 576},
+        {OP(DSV4_EDIT_CLAMP, DSV4_AT_ATTENTION_OUT, 2, one, 1), .values = limits[0], .n_value = 192},
+        {OP(DSV4_EDIT_CALL, 0, 1, NULL, 0), .positions = some, .n_range = 2, .function = (void *)(uintptr_t)&CONFIG},
+        {OP(DSV4_EDIT_EXPERTS_OFF, 0, 0, experts, 2)},
+        {OP(DSV4_EDIT_EXPERTS_OFF, 0, 2, experts, 1), .positions = some, .n_range = 2},
+        {OP(DSV4_EDIT_EXPERTS_WEIGH, 0, 2, experts, 2), .values = factors, .n_value = 2},
+        {OP(DSV4_EDIT_EXPERTS_FORCE, 0, 1, experts, 2), .positions = some, .n_range = 2},
+        {OP(DSV4_EDIT_HEADS_OFF, 0, 0, one, 1), .positions = some, .n_range = 2},
+        {OP(DSV4_EDIT_SINKS_OFF, 0, 1, one, 1)},
+        {OP(DSV4_EDIT_ENTRIES_OFF, 0, 1, entries, 2)},
+        {OP(DSV4_EDIT_ENTRIES_OFF, 0, 2, entries, 2), .positions = some, .n_range = 2},
+        {OP(DSV4_EDIT_ENTRIES_ON, 0, 1, forced, 2)},
+    };
+    enum { N = sizeof ops / sizeof ops[0] };
+    struct dsv4_edit_op bad[N];
+    dsv4_edit *edit = NULL;
+    for (int i = 0; i < N; i++) {
+        memcpy(bad, ops, sizeof ops);
+        bad[i].layer = CONFIG.num_hidden_layers;
+        check_true(dsv4_edit_create(&edit, m, bad, N, NULL) == DSV4_E_ARGUMENT && !edit, "a layer out of range");
+        bad[i].layer = ops[i].layer;
+        bad[i].n_row = 2;
+        check_true(dsv4_edit_create(&edit, m, bad, N, NULL) == DSV4_E_ARGUMENT && !edit, "rows that are not there");
+    }
+    check_true(dsv4_edit_create(&edit, m, ops, N, NULL) == DSV4_OK, "edit");
+    return edit;
+}
+
+/* The same bits for any cut and any number of threads; sessions keep what they use. */
+static void check_edits(dsv4_model *m, const int32_t *ids, const float *plain, float *want, float *got, int first) {
+    dsv4_edit *edit = make_edit(m);
+    if (first)
+        run_edited(m, edit, ids, PROMPT, want);
+    for (int t = 0; t < PROMPT; t++)
+        check_true(memcmp(want + (size_t)t * VOCAB, plain + (size_t)t * VOCAB, VOCAB * sizeof *want) != 0,
+                   "an edit changes token %d", t);
+    run_edited(m, edit, ids, first ? 1 : PROMPT, got);
+    same("edited, all or one", got, want, (size_t)PROMPT * VOCAB);
+    run_edited(m, edit, ids, 7, got);
+    same("edited, pieces of 7", got, want, (size_t)PROMPT * VOCAB);
+    dsv4_session *s = session(m), *fork;
+    check_true(dsv4_session_edit(s, edit, NULL) == DSV4_OK, "edit");
+    dsv4_edit_release(edit);
+    struct dsv4_segment seg = {s, ids, got, NULL, NULL, 11, DSV4_LOGITS_ALL, NULL};
+    check_true(step(m, &seg, 1, NULL) == DSV4_OK, "edited step");
+    check_true(dsv4_session_fork(&fork, s, DSV4_NOW, 0, NULL) == DSV4_OK, "fork");
+    dsv4_session_destroy(s);
+    seg = (struct dsv4_segment){fork, ids + 11, got + (size_t)11 * VOCAB, NULL, NULL, PROMPT - 11, DSV4_LOGITS_ALL, NULL};
+    check_true(step(m, &seg, 1, NULL) == DSV4_OK, "edited fork");
+    same("edited fork", got, want, (size_t)PROMPT * VOCAB);
+    dsv4_session_destroy(fork);
 }
 
 static struct dsv4_tensor_desc *tensor(struct file *f, const char *name) {
@@ -448,6 +541,7 @@ void check_engine(void) {
     struct file *f = make_file();
     int32_t ids[64];
     float *want = malloc(sizeof(float) * PROMPT * VOCAB), *got = malloc(sizeof(float) * PROMPT * VOCAB);
+    float *edited = malloc(sizeof(float) * PROMPT * VOCAB);
     dsv4_error err;
     for (int i = 0; i < 64; i++)
         ids[i] = (int32_t)check_below(VOCAB);
@@ -461,6 +555,7 @@ void check_engine(void) {
         same("pieces of 7", got, want, (size_t)PROMPT * VOCAB);
         check_neighbours(m, ids, want);
         check_atomic(m, ids, want);
+        check_edits(m, ids, want, edited, got, threads == 1);
         dsv4_model_destroy(m);
     }
     check_from_disk(f, ids, want, got);
@@ -470,6 +565,7 @@ void check_engine(void) {
     check_nonfinite(f, ids);
     free(want);
     free(got);
+    free(edited);
     free(f->bytes);
     free(f);
 }

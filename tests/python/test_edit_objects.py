@@ -297,6 +297,21 @@ def test_a_failing_callback_ends_its_row(model) -> None:
         model.generate("ROMEO:", max_new_tokens=6, edit=Callback(1, fail))
 
 
+def test_traced_with_an_edit(model, steer) -> None:
+    with model.trace("ROMEO: But soft", streams=[1, 3], logits="all") as plain, model.trace(
+            "ROMEO: But soft", streams=[1, 3], logits="all", edit=steer) as t:
+        assert t.session.edit == steer
+        assert (t.streams[1][:2] == plain.streams[1][:2]).all()
+        assert (t.streams[1][2:] != plain.streams[1][2:]).any((1, 2)).all()
+        with model.session(edit=steer) as session:
+            assert (session.append("ROMEO: But soft", logits="all") == t.logits).all()
+        back = Patch(3, plain.streams[3], positions=range(len(plain.tokens)))
+    with model.trace("ROMEO: But soft", streams=[3], edit=steer + back) as t:
+        assert (t.streams[3] == plain.streams[3]).all()
+    with pytest.raises(ValueError, match="layers: got 6"):
+        model.trace("ROMEO:", edit=AblateHeads(6, 0))
+
+
 def test_edit_beside_a_session(model, steer) -> None:
     with model.session() as session, pytest.raises(ValueError, match="session, which has its own"):
         model.generate("ROMEO:", session=session, edit=steer)
