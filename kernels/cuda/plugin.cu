@@ -61,6 +61,11 @@ extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin 
         CUDART_VERSION,
         DSV4_CUDA_BUILT_FOR,
         {device_count, properties, prepare, free_bytes, error_name, error_text},
+        {
+#define X(op) dsv4_cuda_##op,
+            DSV4_CUDA_LAUNCHES(X)
+#undef X
+        },
     };
     return &plugin;
 }
