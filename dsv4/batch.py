@@ -20,6 +20,9 @@ from dsv4.scheduler import Handle, Scheduler
 
 # rows read ahead of the oldest that has no answer yet; in places
 MOST_AHEAD = 64
+# what an iterator of prompts gives when the next one is not there yet
+NOT_YET = object()
+POLL_SECONDS = 0.1
 Answered: TypeAlias = Completion | list[Completion]
 
 
@@ -91,11 +94,16 @@ def _answers(work: "_Batch", prompts: Iterator[Any]) -> Iterator[Any]:
                 except StopIteration:
                     work.ended = True
                     break
+                if prompt is NOT_YET:
+                    break
                 work.feed(prompt)
             yield from work.ready()
             if work.idle:
                 return
-            work.scheduler.round()
+            if work.scheduler.busy:
+                work.scheduler.round()
+            elif not work.rows:
+                time.sleep(POLL_SECONDS)
 
 
 def abatch(

@@ -35,6 +35,9 @@ def add_arguments(batch: argparse.ArgumentParser) -> None:
                        help="sequences at the same time; by default what fits, at most 64")
     batch.add_argument("--skip-invalid", action="store_true",
                        help="lines that are not valid go to the error file")
+    batch.add_argument("--follow", action="store_true",
+                       help='read lines as they are appended, until the line {"end": true}; those '
+                       "that are not valid go to the error file")
     batch.add_argument("--force-new", action="store_true",
                        help="begin again, replacing what is there")
 

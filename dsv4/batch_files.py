@@ -25,6 +25,7 @@ from typing import Any
 from dsv4.errors import shown
 
 SYNC_SECONDS = 1.0
+READ = "input_read"
 HEAD = b'{"crc":"00000000","row":'
 
 
@@ -129,11 +130,18 @@ class Job:
         What must be the same for the work to be continued.
     force_new : bool
         Begin again, whatever is there.
+
+    Attributes
+    ----------
+    input_read : dict or None
+        What `note_input` was told last.
     """
 
     def __init__(self, output: Path, facts: dict[str, Any], force_new: bool) -> None:
         stem = output.name.removesuffix(".jsonl")
         self.output = output
+        self.facts = facts
+        self.input_read: dict[str, Any] | None = None
         self.errors = output.with_name(f"{stem}.errors.jsonl")
         self.manifest = output.with_name(f"{stem}.run.json")
         partial = output.with_name(f"{stem}.partial.jsonl")
@@ -154,7 +162,7 @@ class Job:
             self.log.clear()
         self.log.read()
         if self.manifest.exists():
-            _compare(self.manifest, facts)
+            self.input_read = _compare(self.manifest, facts)
         elif self.log.end:
             raise ValueError(
                 f"{self.log.path}: there is work without {self.manifest.name}; move it away, or "
@@ -163,7 +171,16 @@ class Job:
             raise ValueError(f"{self.output}: is there already and not of this job; move it away, "
                              "or replace it with --force-new")
         else:
-            replace(self.manifest, [json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"])
+            self._write(facts)
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        replace(self.manifest, [json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"])
+
+    def note_input(self, nbytes: int, digest: str) -> None:
+        """How much of an input that grows is to be worked on: known before the work begins, so that
+        another start can tell whether these lines are still the same."""
+        self.input_read = {"bytes": nbytes, "sha256": digest}
+        self._write(self.facts | {READ: self.input_read})
 
     @property
     def finished(self) -> bool:
@@ -187,10 +204,12 @@ class Job:
         self.log.close()
 
 
-def _compare(manifest: Path, facts: dict[str, Any]) -> None:
+def _compare(manifest: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """ValueError if the facts differ; what was noted of an input that grows."""
     try:
         before = json.loads(manifest.read_bytes())
-    except ValueError:
+        read: dict[str, Any] | None = before.pop(READ, None)
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{manifest}: is not what this program wrote; move it away, or begin "
                          "again with --force-new") from None
     old, new = _flat(before), _flat(json.loads(json.dumps(facts)))
@@ -199,6 +218,7 @@ def _compare(manifest: Path, facts: dict[str, Any]) -> None:
             raise ValueError(
                 f"{manifest}: {name}: the job there has {shown(old.get(name))}, this one "
                 f"{shown(new.get(name))}; begin again with --force-new, or choose another output")
+    return read
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -64,26 +64,104 @@ def read_lines(path: str | os.PathLike[str]) -> tuple[list[Line], str]:
 
     Ids must be unique; of two lines with one id the second is at fault.
     """
-    lines: list[Line] = []
     first: dict[str, int] = {}
     digest = hashlib.sha256()
-    for number, offset, raw, nbytes in _split(path, digest):
-        custom_id = fault = None
-        try:
-            if nbytes > MOST_LINE_BYTES:
-                raise ValueError(f"got {nbytes:,} bytes, wanted at most {MOST_LINE_BYTES:,}")
-            if number == 1 and raw.startswith(BOM):
-                raise ValueError("begins with a byte order mark, wanted UTF-8 without one")
-            request = parse(raw)
-            custom_id = request.custom_id
-            if custom_id in first:
-                raise ValueError(
-                    f"custom_id: got {custom_id!r} again, it is that of line {first[custom_id]}")
-            first[custom_id] = number
-        except (ValueError, TypeError, NotImplementedError) as error:
-            fault = str(error)
-        lines.append(Line(number, offset, nbytes, custom_id, fault))
+    lines = [_checked(first, *line) for line in _split(path, digest)]
     return lines, digest.hexdigest()
+
+
+def _checked(first: dict[str, int], number: int, offset: int, raw: bytes, nbytes: int) -> Line:
+    """A line, with its fault if it has one; `first` has the ids of those before it."""
+    custom_id = fault = None
+    try:
+        if nbytes > MOST_LINE_BYTES:
+            raise ValueError(f"got {nbytes:,} bytes, wanted at most {MOST_LINE_BYTES:,}")
+        if number == 1 and raw.startswith(BOM):
+            raise ValueError("begins with a byte order mark, wanted UTF-8 without one")
+        custom_id = parse(raw).custom_id
+        if custom_id in first:
+            raise ValueError(
+                f"custom_id: got {custom_id!r} again, it is that of line {first[custom_id]}")
+        first[custom_id] = number
+    except (ValueError, TypeError, NotImplementedError) as error:
+        fault = str(error)
+    return Line(number, offset, nbytes, custom_id, fault)
+
+
+class Growing:
+    """The lines of a file that grows, up to the line ``{"end": true}``.
+
+    A line counts when its newline is there.  What was read once must stay: the caller keeps
+    `nbytes` and `digest`, and `check` compares them with the file before it is read again.
+
+    Attributes
+    ----------
+    nbytes : int
+        Of the lines read so far.
+    ended : bool
+        The last line was read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self.nbytes = self.number = 0
+        self.ended = False
+        self._file = open(path, "rb")
+        self._digest = hashlib.sha256()
+        self._first: dict[str, int] = {}
+        self._seen = -1  # size of the file when there was no whole line
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    def check(self, bytes: int, sha256: str) -> None:
+        """ValueError unless the file still begins with so many bytes of this SHA-256."""
+        found = hashlib.sha256()
+        left = bytes
+        self._file.seek(0)
+        while left and (piece := self._file.read(min(left, 1 << 20))):
+            found.update(piece)
+            left -= len(piece)
+        if left or found.hexdigest() != sha256:
+            raise ValueError(f"{self.path}: its first {bytes:,} bytes are not those that this job "
+                             "has read; begin again with --force-new, or choose another output")
+
+    def read(self, most: int) -> list[Line]:
+        """Up to `most` lines that are there and were not read yet, checked."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self.nbytes:
+            raise ValueError(f"{self.path}: got {size:,} bytes, fewer than the {self.nbytes:,} "
+                             "that were read before: it may only grow")
+        lines: list[Line] = []
+        while not self.ended and len(lines) < most and size != self._seen:
+            self._file.seek(self.nbytes)
+            raw = piece = self._file.readline(MOST_LINE_BYTES + 1)
+            digest, nbytes = self._digest.copy(), len(raw)
+            digest.update(raw)
+            while not piece.endswith(b"\n") and (piece := self._file.readline(1 << 20)):
+                digest.update(piece)
+                nbytes += len(piece)
+            if not piece.endswith(b"\n"):
+                self._seen = size
+                break
+            self.ended = _is_end(raw)
+            if not self.ended:
+                self.number += 1
+                lines.append(_checked(self._first, self.number, self.nbytes, raw, nbytes))
+            self._digest = digest
+            self.nbytes += nbytes
+        return lines
+
+    def __enter__(self) -> "Growing":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+
+def _is_end(raw: bytes) -> bool:
+    return len(raw) < 64 and b"".join(raw.split()) == b'{"end":true}'
 
 
 def _split(

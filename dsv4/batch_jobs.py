@@ -5,6 +5,10 @@ The whole input is checked before any work (`dsv4.batch_input`); each row that i
 once (`dsv4.batch_files`); a job that was killed is started again and gives the same bytes as one
 that was not, because a row's seed comes from the job's seed and its custom_id, and its answer does
 not depend on its neighbours.
+
+An input that grows (`follow`) cannot be checked before any work: each line is checked when it is
+there, those that are not valid go to the error file, and how far the input was read is noted with
+its digest before the work on it begins.
 """
 
 import hashlib
@@ -19,9 +23,9 @@ from typing import Any
 
 import dsv4
 from dsv4.answer import Completion, TokenLogprob, told
-from dsv4.batch import _Bar, batch
+from dsv4.batch import NOT_YET, _Bar, batch
 from dsv4.batch_files import Job
-from dsv4.batch_input import Line, Request, read_lines, read_request
+from dsv4.batch_input import Growing, Line, Request, read_lines, read_request
 from dsv4.errors import FormatError
 from dsv4.generate import checked_sampling, form_of, prepared
 from dsv4.model import Model
@@ -29,6 +33,7 @@ from dsv4.sampling import by_our_names
 from dsv4.scheduler import check_concurrency
 
 MOST_FAULTS = 20
+LINES_AT_ONCE = 256
 FORM_DEFAULTS = dict(
     special=False, thinking_mode="chat", reasoning_effort=None, drop_thinking=True, version=None)
 
@@ -76,8 +81,8 @@ class BatchReport:
 def run_batch(
     model: Model | str | os.PathLike[str] | None, input: str | os.PathLike[str],
     output: str | os.PathLike[str], *, seed: int = 0, concurrency: int | None = None,
-    limit_memory: int | None = None, skip_invalid: bool = False, force_new: bool = False,
-    progress: bool | None = None, **arguments: Any,
+    limit_memory: int | None = None, skip_invalid: bool = False, follow: bool = False,
+    force_new: bool = False, progress: bool | None = None, **arguments: Any,
 ) -> BatchReport:
     """Answer a file of requests in OpenAI's batch form.
 
@@ -96,6 +101,10 @@ def run_batch(
         Most bytes to use, weights included; what is free by default.
     skip_invalid : bool
         Lines that are not valid go to the error file; else nothing is done.
+    follow : bool
+        The input grows: read lines as they are appended, until the line ``{"end": true}``.  Each is
+        checked when it is there; those that are not valid go to the error file.  What was read once
+        must stay as it is.  Stopped by a signal, the same call goes on.
     force_new : bool
         Begin again, replacing what is there.
     progress : bool, optional
@@ -139,14 +148,14 @@ def run_batch(
     return work(
         model if isinstance(model, Model) else load, input, output, seed=seed,
         concurrency=concurrency, limit_memory=limit_memory, skip_invalid=skip_invalid,
-        force_new=force_new, progress=progress, **arguments)
+        follow=follow, force_new=force_new, progress=progress, **arguments)
 
 
 def work(
     model: Model | Callable[[], Model], input: str | os.PathLike[str],
     output: str | os.PathLike[str], *, seed: int = 0, concurrency: int | None = None,
-    limit_memory: int | None = None, skip_invalid: bool = False, force_new: bool = False,
-    progress: bool | None = None, **arguments: Any,
+    limit_memory: int | None = None, skip_invalid: bool = False, follow: bool = False,
+    force_new: bool = False, progress: bool | None = None, **arguments: Any,
 ) -> BatchReport:
     """As `run_batch`, with a model or a function that loads it once the input is known."""
     started = time.monotonic()
@@ -158,36 +167,78 @@ def work(
         raise FileNotFoundError(f"{target.parent}: there is no such folder for the output")
     if target.exists() and source.samefile(target):
         raise ValueError(f"{target}: is the input; wanted another file for the output")
-    lines, digest = read_lines(source)
-    if not skip_invalid:
-        _refuse(source, lines)
-    with nullcontext(model) if isinstance(model, Model) else model() as loaded:
-        form, parameters = form_of(arguments)
-        if "trace" in form:
-            raise TypeError("trace: not available in a job, whose answers go to a file")
-        if "logits_processor" in parameters:
-            raise TypeError("logits_processor: not available in a job: it could not be resumed")
-        parameters = by_our_names({k: v for k, v in parameters.items() if v is not None})
-        checked_sampling(loaded, None, parameters)
-        defaults = _Defaults(loaded, seed, parameters, form)
-        lines = [defaults.check(source, line) for line in lines]
-        if not skip_invalid:
-            _refuse(source, lines)
-        facts = {
-            "format": 1, "dsv4": dsv4.__version__, "input_sha256": digest, "seed": seed,
-            "model": {k: v for k, v in loaded._fingerprint.items() if k != "state_layout"},
-            "generation_config": loaded.generation_config,
-            "sampling": parameters, "prompts": FORM_DEFAULTS | form,
-            "skip_invalid": bool(skip_invalid)}
-        job = Job(target, facts, force_new)
-        done = False
-        try:
-            report = _run(job, defaults, source, lines, started, concurrency,
-                          _for_states(loaded, limit_memory), progress)
-            done = True
-        finally:
-            job.close(done)
+    growing = Growing(source) if follow else None
+    with growing or nullcontext():
+        lines: list[Line] = []
+        about: dict[str, Any] = {"follow": True}
+        if growing is None:
+            lines, digest = read_lines(source)
+            about = {"input_sha256": digest}
+            if not skip_invalid:
+                _refuse(source, lines)
+        with nullcontext(model) if isinstance(model, Model) else model() as loaded:
+            form, parameters = form_of(arguments)
+            if "logits_processor" in parameters:
+                raise TypeError("logits_processor: not available in a job: it could not be resumed")
+            parameters = by_our_names({k: v for k, v in parameters.items() if v is not None})
+            checked_sampling(loaded, None, parameters)
+            defaults = _Defaults(loaded, seed, parameters, form)
+            lines = [defaults.check(source, line) for line in lines]
+            if not skip_invalid:
+                _refuse(source, lines)
+            facts = about | {
+                "format": 1, "dsv4": dsv4.__version__, "seed": seed,
+                "model": {k: v for k, v in loaded._fingerprint.items() if k != "state_layout"},
+                "generation_config": loaded.generation_config,
+                "sampling": parameters, "prompts": FORM_DEFAULTS | form,
+                "skip_invalid": bool(skip_invalid or follow)}
+            job = Job(target, facts, force_new)
+            done = False
+            try:
+                inputs = _Inputs(source, lines, growing, defaults, job)
+                report = _run(job, defaults, inputs, started, concurrency,
+                              _for_states(loaded, limit_memory), progress)
+                done = True
+            finally:
+                job.close(done)
     return report
+
+
+class _Inputs:
+    """The lines of a job: all of them, or those of a growing file as they come.
+
+    Attributes
+    ----------
+    lines : list of Line
+        Those that are known.
+    """
+
+    def __init__(
+        self, source: Path, lines: list[Line], growing: Growing | None, defaults: "_Defaults",
+        job: Job,
+    ) -> None:
+        self.source, self.lines = source, lines
+        self.growing, self.defaults, self.job = growing, defaults, job
+        if growing is not None and job.input_read is not None:
+            growing.check(**job.input_read)
+
+    def __iter__(self) -> Iterator[Line | None]:
+        """Every line; None: the next one is not there yet."""
+        if self.growing is None:
+            yield from self.lines
+            return
+        while True:
+            new = self.growing.read(LINES_AT_ONCE)
+            noted = self.job.input_read or {"bytes": 0}
+            if self.growing.nbytes > noted["bytes"]:
+                self.job.note_input(self.growing.nbytes, self.growing.digest)
+            for line in new:
+                self.lines.append(self.defaults.check(self.source, line))
+                yield self.lines[-1]
+            if self.growing.ended:
+                return
+            if not new:
+                yield None
 
 
 def _for_states(model: Model, limit: int | None) -> int | None:
@@ -234,29 +285,28 @@ class _Defaults:
 
 
 def _run(
-    job: Job, defaults: _Defaults, source: Path, lines: list[Line], started: float,
-    concurrency: int | None, memory: int | None, progress: bool | None,
+    job: Job, defaults: _Defaults, inputs: _Inputs, started: float, concurrency: int | None,
+    memory: int | None, progress: bool | None,
 ) -> BatchReport:
-    log, valid = job.log, [line for line in lines if line.fault is None]
-    skipped = len(lines) - len(valid)
+    log = job.log
     if job.finished:
-        found = job.errors.exists()
-        failed = job.errors.read_bytes().count(b"\n") - skipped if found else 0
-        return BatchReport(str(job.output), str(job.errors) if found else "", len(valid), failed,
-                           skipped, len(valid), 0, 0.0)
+        return _finished(job, inputs)
     resumed, tokens = len(log.done), 0
     requests: dict[int, Request] = {}
 
     def prompts() -> Iterator[Any]:
-        with open(source, "rb") as file:
+        with open(inputs.source, "rb") as file:
             i = 0
-            for line in valid:
-                if line.custom_id not in log.done:
+            for line in inputs:
+                if line is None:
+                    yield NOT_YET
+                elif line.fault is None and line.custom_id not in log.done:
                     requests[i] = read_request(file, line)
                     yield requests[i].prompt, defaults.arguments(requests[i])
                     i += 1
 
-    bar = _Bar(len(valid), progress)
+    total = sum(line.fault is None for line in inputs.lines) if inputs.growing is None else None
+    bar = _Bar(total, progress)
     try:
         for i, answer in batch(
                 defaults.model, prompts(), ordered=False, concurrency=concurrency, memory=memory,
@@ -270,14 +320,27 @@ def _run(
     finally:
         bar.close()
     log.sync()
+    lines = inputs.lines
+    valid = [line for line in lines if line.fault is None]
     job.finish(
         (log.row(_id(line)) for line in valid if not log.done[_id(line)][2]),
         (_invalid(line) if line.fault is not None else log.row(_id(line))
          for line in lines if line.fault is not None or log.done[_id(line)][2]))
     return BatchReport(
         str(job.output), str(job.errors) if job.errors.exists() else "", len(valid),
-        sum(failed for _, _, failed in log.done.values()), skipped, resumed, tokens,
+        sum(failed for _, _, failed in log.done.values()), len(lines) - len(valid), resumed, tokens,
         time.monotonic() - started)
+
+
+def _finished(job: Job, inputs: _Inputs) -> BatchReport:
+    """The report of a job that was done before."""
+    lines = [line for line in inputs if line is not None]
+    skipped = sum(line.fault is not None for line in lines)
+    found = job.errors.exists()
+    failed = job.errors.read_bytes().count(b"\n") - skipped if found else 0
+    rows = len(lines) - skipped
+    return BatchReport(str(job.output), str(job.errors) if found else "", rows, failed, skipped,
+                       rows, 0, 0.0)
 
 
 def _id(line: Line) -> str:

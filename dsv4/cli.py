@@ -265,7 +265,7 @@ def _batch(args: argparse.Namespace) -> int:
     code, report = batch_command.run(lambda: _load(args), dict(
         input=args.input, output=args.output, seed=sampling.pop("seed", 0),
         concurrency=args.concurrency, limit_memory=args.memory, skip_invalid=args.skip_invalid,
-        force_new=args.force_new, **form, **sampling))
+        follow=args.follow, force_new=args.force_new, **form, **sampling))
     if report is not None:
         print(json.dumps(report.as_dict()) if args.json else report)
     return code
