@@ -5,6 +5,7 @@
  *
  *      LINEAR_SET       the name of the instruction set, as in function names
  *      F32_OPERANDS     1: FP8 scales beyond FOLD_ONCE_MAX need two multiplications
+ *      FEW_FP8, ...     up to so many tokens a panel does not pay: `many` takes rows as `few` does
  *
  * After it: LINEAR_WALK(name, rows, spaced, ahead, mixed) defines the three `few` entries of one
  * way to walk; with `mixed`, rows shorter than SHORT_ROW go 8 at a time instead, adjacent, two
@@ -167,9 +168,14 @@ INLINE void few_bf16(const struct dsv4_linear_args *a, const int R, const int sp
     DSV4_VARIANT(linear_many_bf16, LINEAR_MANY(bf16), LINEAR_TEXT(LINEAR_SET), 1)
 /* clang-format on */
 
+/* A walk that every set has; more than one token take their own in any case. */
+static dsv4k_linear_fn LINEAR_FEW(fp8, rows4), LINEAR_FEW(fp4, rows4), LINEAR_FEW(bf16, rows4);
+
 static void LINEAR_MANY(fp8)(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_FP8);
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
+    if (a->n_tok <= FEW_FP8 && a->w->scale_rule == DSV4_SCALE_FOLD)
+        LINEAR_FEW(fp8, rows4)(a);
+    else if (a->w->scale_rule == DSV4_SCALE_BLOCK)
         many(a, FP8_BLOCK);
     else if (a->w->scale_rule == DSV4_SCALE_ROUND)
         many(a, FP8_ROUND);
@@ -179,7 +185,9 @@ static void LINEAR_MANY(fp8)(const struct dsv4_linear_args *a) {
 
 static void LINEAR_MANY(fp4)(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_FP4 && a->w->cols % DSV4_FP4_BLOCK == 0);
-    if (a->w->scale_rule == DSV4_SCALE_BLOCK)
+    if (a->n_tok <= FEW_FP4 && a->w->scale_rule == DSV4_SCALE_FOLD)
+        LINEAR_FEW(fp4, rows4)(a);
+    else if (a->w->scale_rule == DSV4_SCALE_BLOCK)
         many(a, FP4_BLOCK);
     else
         many(a, FP4_FOLD);
@@ -187,7 +195,10 @@ static void LINEAR_MANY(fp4)(const struct dsv4_linear_args *a) {
 
 static void LINEAR_MANY(bf16)(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_BF16);
-    many(a, BF16_PLAIN);
+    if (a->n_tok <= FEW_BF16)
+        LINEAR_FEW(bf16, rows4)(a);
+    else
+        many(a, BF16_PLAIN);
 }
 
 #endif
