@@ -51,7 +51,41 @@ static void attention(int32_t n_tok, int32_t n_head, int32_t nope, int32_t rope,
     check_reset();
 }
 
+/* A later block whose scores are higher by `gap` and whose values are zero but in one dimension: what the first block left
+ * in the others shrinks by e^-gap, and from 2^-95 down becomes +0. */
+static void fading(float gap) {
+    enum { HEADS = 3, DIM = 6, RANKS = 128 };
+    dsv4_bf16 *q = check_aligned(2 * HEADS * DIM, 2), *got = check_aligned(2 * HEADS * DIM, 2);
+    dsv4_bf16 *want = check_aligned(2 * HEADS * DIM, 2), *rows = check_aligned(4 * DIM, 2);
+    const uint8_t **keys = check_aligned(RANKS * sizeof *keys, 8);
+    float *sink = check_aligned(4 * HEADS, 4);
+    int32_t *n_key = check_aligned(4, 4);
+    void *scratch = check_aligned(DSV4_CUDA_ATTENTION_SCRATCH(1, HEADS, RANKS), 16);
+    void *ref_scratch = aligned_alloc(64, (DSV4_ATTENTION_SCRATCH(HEADS, DIM) + 63) / 64 * 64);
+    memset(rows, 0, 4 * DIM);
+    check_fill_bf16(rows + 1, DIM - 1, CHECK_NORMAL);
+    rows[DIM] = dsv4_f32_to_bf16(gap);
+    for (int32_t h = 0; h < HEADS; h++) {
+        memset(q + h * DIM, 0, 2 * DIM);
+        q[h * DIM] = 0x3f80;
+        sink[h] = -INFINITY;
+    }
+    for (int32_t r = 0; r < RANKS; r++)
+        keys[r] = (const uint8_t *)(rows + (r < 64 ? 0 : DIM));
+    *n_key = RANKS;
+    ref()->attention(&(struct dsv4_attention_args){
+        .out = want, .q = q, .keys = keys, .sink = sink, .scratch = ref_scratch, .n_key = RANKS, .n_head = HEADS,
+        .d_head = DIM, .d_rope = 2, .scale = 1.0f, .format = DSV4_KV_BF16});
+    RUN(attention, .out = got, .q = q, .keys = keys, .n_key = n_key, .sink = sink, .scratch = scratch, .n_tok = 1,
+        .n_head = HEADS, .d_head = DIM, .d_rope = 2, .max_key = RANKS, .scale = 1.0f, .format = DSV4_KV_BF16);
+    same("fading", got, want, HEADS * DIM, 2);
+    free(ref_scratch);
+    check_reset();
+}
+
 void check_attention(void) {
+    for (int32_t gap = 40; gap < 90; gap++)
+        fading((float)gap);
     for (int i = 0; i < 40; i++) {
         enum check_kind kind = i % 3 ? CHECK_NORMAL : (enum check_kind)check_below(CHECK_KINDS);
         attention(between(1, 3), between(1, 20), 64 * between(0, 3), 2 * between(1, 20), between(1, 300), i % 16, kind);

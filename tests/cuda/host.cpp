@@ -181,9 +181,11 @@ int dsv4_host_launch(void (*b)(const void *), const void *args, dim3 grid, unsig
         fail("threads of a block are not whole warps");
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
         fail("a grid that is empty or too large");
-    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++)
-                run_block(turn + blockIdx.x);
+    unsigned n_block = grid.x * grid.y * grid.z;
+    for (unsigned i = 0; i < n_block; i++) {
+        unsigned at = turn % 4 < 2 ? i : n_block - 1 - i;
+        blockIdx = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
+        run_block(turn + blockIdx.x);
+    }
     return 0;
 }

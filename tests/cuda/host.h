@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // CUDA as far as the kernels use it, on the CPU: blocks one after the other, the threads of a block as fibers that change
-// at barriers and shuffles.  The order of threads changes from launch to launch, shared memory starts as NaN, and
+// at barriers and shuffles.  The order of blocks and threads changes from launch to launch, shared memory starts as NaN, and
 // asynchronous copies happen as early or as late as they may, so that a missing barrier or wait shows as other bits.
 // A barrier that some threads of a block (or warp) do not reach ends the program.
 #pragma once
