@@ -137,15 +137,16 @@ def test_threads_passes_and_instruction_sets(
             same(np.concatenate([session.append(p, logits="all") for p in pieces(ids, 11)]), want)
 
 
-def test_one_row_of_eight(tiny, ids, edited) -> None:
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_one_row_of_eight(tiny, ids, edited, place) -> None:
     """Its neighbours in prompt and decode are those of a batch without it."""
     edit, want = edited
-    sessions = [tiny.session(edit=edit if i == 3 else None) for i in range(8)]
+    sessions = [tiny.session(edit=edit if i == place else None) for i in range(8)]
     plain = fed(tiny, [ids])
     for first, end in ((0, 40), (40, 41), (41, 42), (42, LENGTH)):
         got = tiny.step([(s, ids[first:end]) for s in sessions], logits="all")
         for i, rows in enumerate(got):
-            same(rows, (want if i == 3 else plain)[first:end], f"row {i} at {first}")
+            same(rows, (want if i == place else plain)[first:end], f"row {i} at {first}")
     assert (want != plain).any(1).all()
 
 
@@ -257,6 +258,22 @@ def test_ablated_heads_are_those_without_output_weights(tiny, tiny_folder, tmp_p
     assert not heads[[4, 8], 1].any() and plain[[4, 8], 1].any()
     heads[[4, 8], 1] = plain[[4, 8], 1]
     same(heads, plain)
+
+
+def test_heads_of_several_workers(tmp_path) -> None:
+    """More heads than one worker takes of a lone token."""
+    folder = harness.make_tiny(tmp_path, num_attention_heads=40)
+    edit = AblateHeads([0, 3], [3, 17, 39]) + AblateSinks([1, 2], [0, 16, 38])
+    with harness.load(folder) as one, harness.load(folder, threads=3) as three:
+        ids = prompt(one, 20)
+        want = logits(one, edit, ids)
+        with three.session(edit=edit) as session:
+            got = np.concatenate([session.append(ids[t : t + 1]) for t in range(20)])
+        same(got, want)
+        with three.session(edit=edit) as session:
+            session.append(ids[:-1], logits="none")
+            (heads,) = values(session, ids[-1:], 3, "heads")
+    assert np.nonzero(~heads[0].any(1))[0].tolist() == [3, 17, 39]
 
 
 def test_ablated_sinks_are_those_of_minus_infinity(tiny, tiny_folder, tmp_path, ids) -> None:

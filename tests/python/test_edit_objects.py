@@ -280,6 +280,23 @@ def test_prefixes_are_not_shared_with_edits(model, steer) -> None:
     assert both == alone and alone[0] != alone[1]
 
 
+def test_sessions_that_begin_with_a_prefix(model, steer) -> None:
+    text = "To be, or not to be, that is the question. " * 4
+    more = AblateHeads(2, 0)
+    with model.session(edit=steer) as session:
+        session.append(text, logits="none")
+        want = session.append([7])
+    for _ in range(2):
+        with model.session(text) as plain, model.session(text, edit=steer) as session:
+            assert session.edit == steer and not plain.edit
+            with model.session(session, edit=more) as fork, model.session(session) as same:
+                assert fork.edit == steer + more.since(session.position)
+                assert same.edit == steer and (same.append([7]) == want).all()
+                assert (fork.append([7]) != want).any()
+            assert (session.append([7]) == want).all()
+            assert (plain.append([7]) != want).any()
+
+
 def test_a_failing_callback_ends_its_row(model) -> None:
     class Own(Exception):
         pass
