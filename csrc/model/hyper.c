@@ -45,9 +45,7 @@ int dsv4_collapse(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int ffn) {
             dsv4_edit_token(p, ffn ? DSV4_AT_FFN_IN : DSV4_AT_ATTENTION_IN, layer, t, u);
         if (dsv4_asked(p, layer, in))
             dsv4_at(w, p, &(struct dsv4_sight){.site = in, .layer = layer, .tok = (int32_t)t, .x = u});
-        if (p->m->options.numerics == DSV4_OFFICIAL)
-            k->act_quant(b->u_quant + t * d, NULL, NULL, u, d);
-        k->act_flush(b->u_plain + t * d, u, d);
+        dsv4_input_operands(p, b, t);
     }
     DSV4_SYNC_TOKENS(w, p);
     return 0;

@@ -121,10 +121,8 @@ static int take_input(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_par
     int64_t lo, hi;
     dsv4_share_tokens(w, p, &lo, &hi);
     for (int64_t t = lo; t < hi; t++) {
-        dsv4_bf16 *u = memcpy(b->u + t * d, a->x + (first_row(p) + t) * d, (size_t)d * sizeof *u);
-        if (p->m->options.numerics == DSV4_OFFICIAL)
-            p->m->k.act_quant(b->u_quant + t * d, NULL, NULL, u, d);
-        p->m->k.act_flush(b->u_plain + t * d, u, d);
+        memcpy(b->u + t * d, a->x + (first_row(p) + t) * d, (size_t)d * sizeof *b->u);
+        dsv4_input_operands(p, b, t);
     }
     DSV4_SYNC_TOKENS(w, p);
     return 0;

@@ -225,6 +225,14 @@ static inline void dsv4_operand_of(const dsv4_model *m, const struct dsv4_weight
         m->k.act_flush(out, x, n);
 }
 
+/* What linear layers read of token t's normed input b->u. */
+static inline void dsv4_input_operands(const struct dsv4_pass *p, struct dsv4_prepared *b, int64_t t) {
+    int32_t d = p->m->config.hidden_size;
+    if (p->m->options.numerics == DSV4_OFFICIAL)
+        p->m->k.act_quant(b->u_quant + t * d, NULL, NULL, b->u + t * d, d);
+    p->m->k.act_flush(b->u_plain + t * d, b->u + t * d, d);
+}
+
 static inline void *dsv4_scratch(const dsv4_worker *w, const struct dsv4_pass *p, size_t at) {
     return (uint8_t *)p->ws->scratch[w->id] + at;
 }

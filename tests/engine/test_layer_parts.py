@@ -17,15 +17,15 @@ from dsv4.attention import AttentionState
 from dsv4.moe import MoE
 
 F32 = np.float32
-NAMES = ("nano-flash", "nano-odd", "default")
+NAMES = ("nano-flash", "nano-odd", "the one inside")
 LENGTHS = (1, 2, 300)  # the last: more entries than an indexer selects, more rows than a window
 
 
 @pytest.fixture(scope="module")
 def made(models: Callable[..., dsv4.Model]) -> Iterator[Callable[[str], dsv4.Model]]:
-    """made("nano-odd"), made("default"): those models."""
+    """made("nano-odd"), made("the one inside"): those models."""
     with dsv4.load(threads=1) as default:
-        yield lambda name: default if name == "default" else models(name)
+        yield lambda name: default if name == "the one inside" else models(name)
 
 
 def values(*shape: int, seed: int = 1) -> Any:
@@ -90,6 +90,40 @@ def test_parts_of_parts(made: Callable[[str], dsv4.Model], name: str) -> None:
             if layer.kind == "CSA":
                 selected = attention.index(x).selected
                 harness.same(attention.attend(x, selected=selected), heads, f"{layer} {n}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_give_what_a_step_had(made: Callable[[str], dsv4.Model], name: str) -> None:
+    """Every input and output of every part, as traced in one step over all layers."""
+    model = made(name)
+    ids = harness.prompt(model, 200)
+    with model.trace(ids, router=True, indexer=True, streams_in=True, streams_mid=True,
+                     streams=True, hyper=True, sublayers=True, heads=True, kv=True) as t:
+        for i, layer in enumerate(model.layers):
+            found = t.sublayers[i]
+            for site, streams, mix, x in (
+                (layer.hyper.attention, t.streams_in[i], t.hyper[i].attention, found.attention_in),
+                (layer.hyper.ffn, t.streams_mid[i], t.hyper[i].ffn, found.ffn_in),
+            ):
+                got = site(streams)
+                for part in ("pre", "post", "comb"):
+                    harness.same(getattr(got, part), getattr(mix, part), f"{site} {part}")
+                harness.same(got.x, x, repr(site))
+            y, mix = layer.moe(found.ffn_in, ids), t.hyper[i].ffn
+            harness.same(y, found.ffn_out)
+            harness.same(
+                layer.hyper.ffn.spread(y, t.streams_mid[i], mix.post, mix.comb), t.streams[i])
+            route = layer.moe.route(found.ffn_in, ids)
+            harness.same(route.experts, t.router[i].experts)
+            harness.same(route.weights, t.router[i].weights)
+            attention, x = layer.attention, found.attention_in
+            harness.same(attention(x), found.attention_out)
+            small = np.abs(t.heads[i]) < 2.0**-55  # no operand: parts give them as 0
+            harness.same(attention.attend(x), np.where(small, F32(0), t.heads[i]))
+            if layer.kind != "SWA":
+                harness.same(attention.compress(x).compressed, t.kv[i].compressed)
+            if layer.kind == "CSA":
+                harness.same(attention.index(x).selected, t.indexer[i].selected)
 
 
 def test_a_mix_is_what_its_sums_say(made: Callable[[str], dsv4.Model]) -> None:
