@@ -87,7 +87,7 @@ static int launch_few(const struct few_args &args, dim3 grid, int32_t n_tok, voi
 }
 
 int dsv4_cuda_linear(const struct dsv4_cuda_linear_args *a, void *stream) {
-    if (a->n_tok > DSV4_FEW_TOKENS)
+    if (a->n_tok > DSV4_CUDA_FEW_TILE)
         return launch_linear_many(a, stream);
     if (!a->n_job)
         return 0;
