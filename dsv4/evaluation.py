@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from dsv4.arrays import Float32, Int32
 from dsv4.memory import chunk_tokens
 from dsv4.model import Model
 from dsv4.progress import bar
+
+if TYPE_CHECKING:
+    from dsv4.edit import Edit
 
 LONGEST_WINDOW = 4096  # unless asked for: each token is computed max_length / stride times
 LOGIT_BYTES = 256 << 20  # of logits that come out of one step
@@ -135,7 +138,7 @@ class _Window(NamedTuple):
 def evaluate(
     model: Model, text: str | os.PathLike[str] | Sequence[int] | npt.NDArray[np.integer[Any]], *,
     max_length: int | None = None, stride: int | None = None, batch_size: int | None = None,
-    limit: int | None = None, progress: bool | None = None,
+    limit: int | None = None, edit: "Edit | None" = None, progress: bool | None = None,
 ) -> Evaluation:
     """Measure how well a model predicts a text or a file.
 
@@ -155,6 +158,8 @@ def evaluate(
         the time, never the result.
     limit : int, optional
         Score only the first so many tokens.
+    edit : Edit, optional
+        What the model does otherwise (`dsv4.edit`); positions count from the BOS of each window.
     progress : bool, optional
         A bar on standard error; by default on a terminal.
 
@@ -165,8 +170,8 @@ def evaluate(
     Raises
     ------
     ValueError, TypeError
-        Nothing to score, an argument out of range, a str that is the name of a file, a file that is
-        not UTF-8; before any work.
+        Nothing to score, an argument out of range, an edit that does not fit the model, a str that
+        is the name of a file, a file that is not UTF-8; before any work.
     OSError
         The file cannot be read.
 
@@ -179,6 +184,7 @@ def evaluate(
     (True, 42, True)
     """
     began = time.perf_counter()
+    model.session(edit=edit, checkpoints=0).close()  # refuses an edit that does not fit
     length = min(model.config.max_position_embeddings, LONGEST_WINDOW)
     length = _within(max_length, "max_length", 2, model.config.max_position_embeddings, length)
     step = _within(stride, "stride", 1, length, max(1, length // 2))
@@ -192,7 +198,7 @@ def evaluate(
     try:
         windows = list(_windows(ids, model.config.bos_token_id, length, step))
         for group in range(0, len(windows), at_once):
-            for at, logits in _rows(model, windows[group : group + at_once]):
+            for at, logits in _rows(model, windows[group : group + at_once], edit):
                 targets = ids[at : at + len(logits)]
                 nll[at : at + len(logits)] = [-p for p, _ in _core.logprobs(logits, targets, 0)]
                 correct[at : at + len(logits)] = logits.argmax(-1) == targets
@@ -240,10 +246,12 @@ def _windows(ids: Int32, bos: int, length: int, stride: int) -> Iterator[_Window
         yield _Window(np.concatenate([[bos], targets[:-1]]).astype(np.int32), first, at + first)
 
 
-def _rows(model: Model, windows: Sequence[_Window]) -> Iterator[tuple[int, Float32]]:
+def _rows(
+    model: Model, windows: Sequence[_Window], edit: "Edit | None"
+) -> Iterator[tuple[int, Float32]]:
     """(the first token predicted, logits [n, vocab]), piece by piece, of windows side by side."""
     piece = max(1, LOGIT_BYTES // (4 * model.config.vocab_size * len(windows)))
-    sessions = [model.session(checkpoints=0) for _ in windows]
+    sessions = [model.session(edit=edit, checkpoints=0) for _ in windows]
     try:
         before = [(s, w.inputs[: w.first])
                   for s, w in zip(sessions, windows, strict=True) if w.first]

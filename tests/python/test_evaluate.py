@@ -82,6 +82,18 @@ def test_files_ids_and_limits(model: dsv4.Model, tmp_path: Path) -> None:
     assert dsv4.evaluate(model, path, limit=10**9).tokens == whole.tokens
 
 
+def test_an_edit_changes_every_window(model: dsv4.Model) -> None:
+    plain = dsv4.evaluate(model, TEXT, max_length=16, stride=8)
+    same = dsv4.evaluate(model, TEXT, max_length=16, stride=8, edit=dsv4.Edit())
+    assert np.array_equal(same.token_nll, plain.token_nll)
+    quiet = dsv4.edit.Clamp(2, 0, 0, positions=slice(12, None))
+    other = dsv4.evaluate(model, TEXT, max_length=16, stride=8, edit=quiet)
+    # row r of a window predicts target r: those from 12 on change, in each window
+    changed = [i for i in range(12, plain.tokens) if i % 8 >= 4]
+    moved = np.flatnonzero(other.token_nll != plain.token_nll)
+    assert set(moved) <= set(changed) and len(moved) > 0.9 * len(changed)
+
+
 def test_half_characters_count_their_bytes(model: dsv4.Model) -> None:
     found = dsv4.evaluate(model, "é¡")  # four bytes, a token each
     assert (found.tokens, found.bytes, found.texts) == (4, 4, ["�"] * 4)
@@ -129,6 +141,8 @@ def test_without_pandas(model: dsv4.Model, monkeypatch: pytest.MonkeyPatch) -> N
     ("a", {"batch_size": 257}, ValueError, "batch_size: got 257, wanted 1 to 256"),
     ("a", {"limit": 0}, ValueError, "limit: got 0, wanted at least 1"),
     ("a", {"limit": True}, TypeError, "limit: got bool"),
+    ("a", {"edit": dsv4.edit.DisableExperts(9, 0)}, ValueError, "DisableExperts: layers: got"),
+    ("a", {"edit": "off"}, TypeError, "edit: got str"),
 ])
 def test_refusals(
     model: dsv4.Model, text: Any, arguments: dict[str, Any], error: type[Exception], message: str
