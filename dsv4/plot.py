@@ -50,11 +50,11 @@ def experts(trace: Any, ax: Any = None) -> Any:
 
     Examples
     --------
-    >>> from types import SimpleNamespace as Fake
+    >>> import dsv4
     >>> import matplotlib
     >>> matplotlib.use("agg")
-    >>> chosen = Fake(experts=np.array([[0, 2], [1, 2]]), scores=np.zeros((2, 4)))
-    >>> experts(Fake(router={5: chosen})).get_ylabel()
+    >>> with dsv4.load() as model, model.trace("To be, or not to be", router=True) as t:
+    ...     experts(t).get_ylabel()
     'layer'
     """
     layers = _asked(trace.router, "router")
@@ -100,6 +100,15 @@ def indexer(trace: Any, layer: int | None = None, ax: Any = None) -> Any:
         The trace has no indexer, or not of this layer, or there was no entry yet.
     ImportError
         matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> with dsv4.load() as model, model.trace("To be, or not to be", indexer=True) as t:
+    ...     indexer(t, layer=4).get_ylabel()
+    'token that asks'
     """
     layer = _chosen(trace.indexer, layer, "indexer")
     found = trace.indexer[layer]
@@ -151,6 +160,15 @@ def attention(
         The trace has no attention, or not of this layer or head.
     ImportError
         matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> with dsv4.load() as model, model.trace("To be, or not to be", attention=[2]) as t:
+    ...     attention(t, layer=2, head=0).get_title()
+    'layer 2, head 0'
     """
     layer = _chosen(trace.attention, layer, "attention")
     found = trace.attention[layer]
@@ -190,6 +208,15 @@ def streams(trace: Any, ax: Any = None) -> Any:
         The trace has no streams.
     ImportError
         matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> with dsv4.load() as model, model.trace("To be, or not to be", streams=True) as t:
+    ...     len(streams(t).lines) == model.config.hc_mult
+    True
     """
     layers = _asked(trace.streams, "streams")
     sizes = np.stack([np.sqrt(np.square(trace.streams[i], dtype=np.float64).mean((0, 2)))
@@ -233,6 +260,15 @@ def lens(
         The trace has no streams, or there is no token in the slice.
     ImportError
         matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import dsv4
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> with dsv4.load() as model, model.trace("To be, or not to be", streams=[0, 5]) as t:
+    ...     len(lens(t, tokens=slice(-3, None)).texts)
+    6
     """
     shown = _asked(trace.streams, "streams")
     shown = shown if layers is None else [_chosen(trace.streams, i, "streams") for i in layers]
@@ -336,6 +372,14 @@ def limits(result: Mapping[str, Any] | str | os.PathLike[str], ax: Any = None) -
         It is no such result.
     ImportError
         matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> row = {"name": "read", "unit": "GB/s", "ratio": 0.75, "peer": None}
+    >>> limits({"machine": {}, "rows": [row], "details": {}}).get_yticklabels()[0].get_text()
+    'read'
     """
     rows = shares(_result(result))
     ax = _axes(ax, (7, 0.9 + max(4.0, 0.28 * len(rows))))
@@ -381,6 +425,14 @@ def roofline(result: Mapping[str, Any] | str | os.PathLike[str], ax: Any = None)
         It is no such result.
     ImportError
         matplotlib is not installed.
+
+    Examples
+    --------
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> machine = {"limits": {"read_gb_s": 40, "exact_gflop_s": 900}}
+    >>> roofline({"machine": machine, "rows": [], "details": {}}).get_ylabel()
+    'GFLOP/s'
     """
     told = _result(result)
     rates = told["machine"]["limits"]

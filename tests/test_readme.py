@@ -34,6 +34,24 @@ def test_the_batch_example_works_as_printed(capsys: pytest.CaptureFixture[str]) 
     assert "2 length" in lines and "'completion_tokens': 20" in lines
 
 
+def test_the_open_box_example_works_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"<!-- open box example -->\n```python\n(.*?)```", README, re.S)
+    assert code
+    exec(compile(code.group(1), "README.md", "exec"), {})
+    lines = capsys.readouterr().out
+    assert lines.count("as in the step: True") == 3 and lines.count("dsv4.Evaluation") == 2
+
+
+def test_every_notebook_and_its_pictures_are_shown() -> None:
+    told = re.findall(r"^\| `(\d\d_\w+)` \|", README, re.M)
+    assert told == sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
+    shown = re.findall(r"\]\(notebooks/pictures/([\w-]+)\.png\)", README)
+    tags = re.findall(r'"picture:([\w-]+)"', "".join(
+        p.read_text() for p in (ROOT / "notebooks").glob("*.ipynb")))
+    made = {p.stem: p.stat().st_size for p in (ROOT / "notebooks" / "pictures").iterdir()}
+    assert sorted(shown) == sorted(tags) == sorted(made) and max(made.values()) <= 150_000
+
+
 @pytest.mark.parametrize(("name", "file"), [("V4-Flash", "flash"), ("V4-Pro", "pro")])
 def test_the_memory_table_is_the_plan(name: str, file: str) -> None:
     row = re.search(rf"^\| {name} \|(.*)\|$", README, re.M)

@@ -70,6 +70,22 @@ def image(ax: Any) -> Any:
     return np.ma.filled(ax.images[0].get_array(), np.nan)
 
 
+def test_a_real_trace() -> None:
+    """Attention by token: with the sink it is all there is; what is picked is what was traced."""
+    ids = np.random.default_rng(0).integers(5, 1000, 300)
+    with dsv4.load() as model, model.trace(ids, attention=True, indexer=True) as real:
+        for layer in range(model.config.num_hidden_layers):
+            shown = image(plot.attention(real, layer, 1)) ** 2
+            np.testing.assert_allclose(
+                shown.sum(1), 1 - real.attention[layer].sink[:, 1], atol=1e-5)
+            assert not shown[np.triu_indices(300, 1)].any()  # nothing ahead
+        shown = image(plot.indexer(real, 4))
+        selected = real.indexer[4].selected
+        assert np.array_equal((shown == 1).sum(1), (selected >= 0).sum(1))
+        assert (selected[-1] >= 0).sum() == model.config.index_topk
+        assert np.array_equal(np.flatnonzero(shown[-1] == 1), selected[-1])
+
+
 def test_experts(trace: Any) -> None:
     ax = plot.experts(trace)
     want = np.array([[2, 1, 3, 0, 0], [2, 1, 0, 0, 3]]) / 3 * 100
