@@ -22,8 +22,10 @@ of it must be this model's), and who wrote it (which need not be equal).
 Reading: everything but whole blocks of rows is compared with its checksum before it is used;
 blocks stay where they are mapped and are compared when a step first reads them.
 
-Writing: a temporary file beside the target, fsync, rename, fsync of the folder.  Source: TRUST 2
-(S1-S7, F9), SPEC 3.11.
+Writing: a temporary file beside the target, fsync, rename, fsync of the folder.  Every save writes
+the whole state: rows that an older file of the same conversation has could be cloned where the file
+system knows how, but those would be bytes that this save has not seen, under checksums of bytes in
+memory: damage in one file would be in all.  Source: TRUST 2 (S1-S7, F9), SPEC 3.11.
 """
 
 import contextlib

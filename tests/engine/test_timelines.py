@@ -165,6 +165,11 @@ def test_sessions_after_a_prefix(tiny, straight) -> None:
     with tiny.session(ids) as session:
         session.rewind(200)
         same(session.append(ids[200:], logits="all"), want[200:])
+    ids = prompt(tiny, 3000, seed=3)
+    want = fed(tiny, [ids])
+    for at in np.random.default_rng(6).integers(LENGTH, 3000, 8):
+        with tiny.session(ids[:at]) as session:
+            same(session.append(ids[at:], logits="all"), want[at:], f"after {at} of 3,000")
 
 
 def test_equal_beginnings_are_computed_once(tiny_folder, monkeypatch) -> None:

@@ -136,18 +136,18 @@ def test_endless_prompts_are_read_as_needed(small: dsv4.Model) -> None:
 
 def test_a_long_prompt_stalls_nobody(small: dsv4.Model, steps: list[list[int]]) -> None:
     with dsv4.Scheduler(small) as scheduler:
-        running = [scheduler.submit([0, i], max_new_tokens=60, ignore_eos=True) for i in range(5)]
+        running = [scheduler.submit([0, i], max_new_tokens=150, ignore_eos=True) for i in range(5)]
         for _ in range(3):
             scheduler.round()
         steps.clear()
-        late = scheduler.submit(ids_of(400, 3), max_new_tokens=3, ignore_eos=True)
+        late = scheduler.submit(ids_of(4096, 3), max_new_tokens=3, ignore_eos=True)
         late.result()
         assert not any(handle.done for handle in running)
         assert all(sum(sizes) <= CHUNK for sizes in steps)
         # everyone decodes in every step, and the prompt takes all the room they leave
         assert all(sizes[:5] == [1] * 5 for sizes in steps)
-        assert [sizes[5] for sizes in steps] == [CHUNK - 5] * 11 + [400 - 11 * 35, 1, 1]
-        assert [len(h.result().tokens) for h in running] == [60] * 5
+        assert [sizes[5] for sizes in steps] == [CHUNK - 5] * 117 + [4096 - 117 * 35, 1, 1]
+        assert [len(h.result().tokens) for h in running] == [150] * 5
 
 
 def test_places_are_filled_at_once(small: dsv4.Model, steps: list[list[int]]) -> None:
