@@ -14,6 +14,7 @@ it, and the others run.  Needs gcc (peer/native.c is compiled with -march=native
     kt            kt-kernel's FP4 and FP8 experts, one layer of V4-Flash, one token
     llamacpp      llama.cpp's deepseek4, end to end, layers of V4-Flash's shape
     transformers  transformers' DeepseekV4ForCausalLM, end to end, small models
+    hooks         the same with hooks on its routers, for a prompt of 4,096 tokens; ours a trace
 """
 
 import argparse
@@ -63,9 +64,16 @@ def transformers(o: argparse.Namespace) -> list[common.Row]:
         return eager.measure(o.threads, o.rounds, o.only, o.folder or Path(folder))
 
 
+def hooks(o: argparse.Namespace) -> list[common.Row]:
+    from peer import hooks
+
+    with tempfile.TemporaryDirectory() as folder:
+        return hooks.measure(o.threads, o.only, o.folder or Path(folder))
+
+
 PEERS: dict[str, Callable[[argparse.Namespace], list[common.Row]]] = {
     "ggml-decode": ggml_decode, "ggml-prefill": ggml_prefill, "kt": kt, "llamacpp": llamacpp,
-    "transformers": transformers,
+    "transformers": transformers, "hooks": hooks,
 }
 
 

@@ -86,13 +86,18 @@ class Theirs:
         return self.step(np.array([token]))
 
 
-def measure(threads: int, rounds: int, only: str | None, folder: Path) -> list[Row]:
-    """Decode and prefill of each model; the files are kept in `folder`."""
+def check_installed() -> None:
+    """Missing unless a transformers that knows the model is installed."""
     for package in ("torch", "transformers", "safetensors", "pytest"):
         if importlib.util.find_spec(package) is None:
             raise common.Missing(f"{package} is not installed: {INSTALL}")
     if importlib.util.find_spec("transformers.models.deepseek_v4") is None:
         raise common.Missing(f"this transformers does not know deepseek_v4: {INSTALL}")
+
+
+def measure(threads: int, rounds: int, only: str | None, folder: Path) -> list[Row]:
+    """Decode and prefill of each model; the files are kept in `folder`."""
+    check_installed()
     import torch
 
     torch.set_num_threads(threads)
