@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench" / "trace.py"
+BENCH = Path(__file__).resolve().parents[1] / "bench" / "traces.py"
 
 
 @pytest.mark.long

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What traces cost: a model of true shape with and without one, and instructions when all is off.
 
-    python tests/bench/trace.py          # router, indexer and two streams of layers of true shape
-    python tests/bench/trace.py --off    # instructions of steps, against a build without sites
+    python tests/bench/traces.py          # router, indexer and two streams of layers of true shape
+    python tests/bench/traces.py --off    # instructions of steps, against a build without sites
 
 The first needs some 6 GB: four layers of V4-Flash's dimensions with 8 experts each and random
 weights in memory.  Steps with and without a trace in turns; the median of the ratios.  A step of
