@@ -22,6 +22,13 @@ def test_kernels_on_the_cpu(tmp_path: Path) -> None:
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(build_cuda.families())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not build_cuda.setup_constants()["find_nvcc"](), reason="nvcc is not installed")
+def test_kernels_keep_to_their_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    build_cuda.compile_all(["sm_80"], verbose=False)  # ends the program otherwise
+    assert len(capsys.readouterr().out.splitlines()) == len(build_cuda.BUDGETS)
+
+
 def test_every_kernel_has_a_budget() -> None:
     sources = {path.stem for path in (build_cuda.ROOT / "kernels" / "cuda").glob("*.cu")}
     assert sources - build_cuda.OTHER == set(build_cuda.BUDGETS)
