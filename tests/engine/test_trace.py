@@ -15,6 +15,7 @@ from test_vectors import CSA, LAYERS
 
 import dsv4
 from dsv4 import nano
+from dsv4.edit import DisableExperts
 from dsv4.trace import PARTS
 
 EVERYTHING: dict[str, Any] = dict.fromkeys(PARTS, True) | {"logits": "all", "nll": True}
@@ -301,3 +302,14 @@ def test_taps_are_checked_by_the_engine(tiny) -> None:
         with pytest.raises(error, match=text):
             step([(session._core, [1, 2, 3], 0, None, [tap])], None)
         assert session.position == 5
+
+
+def test_edits_stay_with_a_session_that_is_traced(tiny) -> None:
+    """What is copied is what the session goes on with; a prompt in pieces keeps the edit."""
+    edit = DisableExperts(1, [0, 1])
+    with tiny.session(edit=edit) as a, tiny.session(edit=edit) as b:
+        t = dsv4.Trace(tiny, router=[1], nll=True)
+        ids = prompt(tiny, 200)
+        same(a.append(ids, trace=t), b.append(ids))
+        same(a.append([5]), b.append([5]))
+        assert not np.isin([0, 1], t.router[1].experts).any()
