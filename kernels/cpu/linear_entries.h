@@ -7,10 +7,9 @@
  *      F32_OPERANDS     1: FP8 scales beyond FOLD_ONCE_MAX need two multiplications
  *      FEW_FP8, ...     up to so many tokens a panel does not pay: `many` takes rows as `few` does
  *
- * After it: LINEAR_WALK(name, rows, spaced, ahead, mixed) defines the three `few` entries of one
- * way to walk; with `mixed`, rows shorter than SHORT_ROW go 8 at a time instead, adjacent, two
- * tiles or so ahead.  LINEAR_WALK_VARIANTS(name) lists them, LINEAR_MANY_VARIANTS lists the `many`
- * entries.
+ * After it: LINEAR_WALK(name, rows, spaced, ahead) defines the three `few` entries of one way to
+ * walk, LINEAR_WALK_VARIANTS(name) lists them; LINEAR_WALK_FP4 and LINEAR_WALK_VARIANT_FP4 those
+ * for FP4 alone.  LINEAR_MANY_VARIANTS lists the `many` entries.
  */
 #ifndef DSV4_LINEAR_ENTRIES_H
 #define DSV4_LINEAR_ENTRIES_H
@@ -22,9 +21,6 @@
 
 /* Bytes to prefetch ahead in the walks that are not chosen by measurement. */
 enum { AHEAD = 2048 };
-
-/* Eight rows of 4 KiB would meet in the same few places of a first-level cache. */
-enum { SHORT_ROW = 4096, SHORT_ROWS = 8, SHORT_AHEAD = 16384 };
 
 #define LINEAR_PASTE(a, b, c) a##b##c
 #define LINEAR_NAME(prefix, set, suffix) LINEAR_PASTE(prefix, set, suffix)
@@ -91,18 +87,8 @@ static NOINLINE void pack_fp4_tokens(const struct dsv4_linear_args *a) {
                  a->w->cols);
 }
 
-/* One token. */
-INLINE void few_one(const struct dsv4_linear_args *a, const enum form form, const int lines,
-                    int32_t row0, int32_t row1, const int R, const int spaced, const int ahead,
-                    const int mixed) {
-    if (mixed && row_bytes(form, a->w->cols) < SHORT_ROW)
-        few_walk(a, form, lines, row0, row1, SHORT_ROWS, 1, 0, SHORT_AHEAD);
-    else
-        few_walk(a, form, lines, row0, row1, R, 1, spaced, ahead);
-}
-
 INLINE void few_fp8(const struct dsv4_linear_args *a, const int R, const int spaced,
-                    const int ahead, const int mixed) {
+                    const int ahead) {
     assert(a->w->format == DSV4_W_FP8);
     if (a->w->scale_rule != DSV4_SCALE_FOLD) {
         few_fp8_steps(a, a->row0, a->row1);
@@ -114,14 +100,14 @@ INLINE void few_fp8(const struct dsv4_linear_args *a, const int R, const int spa
         if (!pack_fp8_tokens(a, row))
             few_fp8_steps(a, row, end);
         else if (a->n_tok == 1)
-            few_one(a, FP8_FOLD, 1, row, end, R, spaced, ahead, mixed);
+            few_walk(a, FP8_FOLD, 1, row, end, R, 1, spaced, ahead);
         else
             few_fp8_tokens(a, row, end);
     }
 }
 
 INLINE void few_fp4(const struct dsv4_linear_args *a, const int R, const int spaced,
-                    const int ahead, const int mixed) {
+                    const int ahead) {
     assert(a->w->format == DSV4_W_FP4 && a->w->cols % DSV4_FP4_BLOCK == 0);
     if (a->w->scale_rule != DSV4_SCALE_FOLD) {
         few_fp4_steps(a);
@@ -129,36 +115,40 @@ INLINE void few_fp4(const struct dsv4_linear_args *a, const int R, const int spa
     }
     pack_fp4_tokens(a);
     if (a->n_tok == 1)
-        few_one(a, FP4_FOLD, 1, a->row0, a->row1, R, spaced, ahead, mixed);
+        few_walk(a, FP4_FOLD, 1, a->row0, a->row1, R, 1, spaced, ahead);
     else
         few_fp4_tokens(a);
 }
 
 INLINE void few_bf16(const struct dsv4_linear_args *a, const int R, const int spaced,
-                     const int ahead, const int mixed) {
+                     const int ahead) {
     assert(a->w->format == DSV4_W_BF16);
     if (a->n_tok == 1)
-        few_one(a, BF16_PLAIN, 0, a->row0, a->row1, R, spaced, ahead, mixed);
+        few_walk(a, BF16_PLAIN, 0, a->row0, a->row1, R, 1, spaced, ahead);
     else
         few_bf16_tokens(a);
 }
 
 #define LINEAR_FEW(format, name) LINEAR_NAME(dsv4k_linear_few_##format##_, LINEAR_SET, _##name)
-#define LINEAR_WALK(name, rows, spaced, ahead, mixed)                                              \
-    static void LINEAR_FEW(fp8, name)(const struct dsv4_linear_args *a) {                          \
-        few_fp8(a, rows, spaced, ahead, mixed);                                                    \
-    }                                                                                              \
+#define LINEAR_WALK_FP4(name, rows, spaced, ahead)                                                 \
     static void LINEAR_FEW(fp4, name)(const struct dsv4_linear_args *a) {                          \
-        few_fp4(a, rows, spaced, ahead, mixed);                                                    \
+        few_fp4(a, rows, spaced, ahead);                                                           \
+    }
+#define LINEAR_WALK(name, rows, spaced, ahead)                                                     \
+    static void LINEAR_FEW(fp8, name)(const struct dsv4_linear_args *a) {                          \
+        few_fp8(a, rows, spaced, ahead);                                                           \
     }                                                                                              \
+    LINEAR_WALK_FP4(name, rows, spaced, ahead)                                                     \
     static void LINEAR_FEW(bf16, name)(const struct dsv4_linear_args *a) {                         \
-        few_bf16(a, rows, spaced, ahead, mixed);                                                   \
+        few_bf16(a, rows, spaced, ahead);                                                          \
     }
 
 /* clang-format off */
+#define LINEAR_WALK_VARIANT_FP4(name) \
+    DSV4_VARIANT(linear_few_fp4, LINEAR_FEW(fp4, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1)
 #define LINEAR_WALK_VARIANTS(name) \
     DSV4_VARIANT(linear_few_fp8, LINEAR_FEW(fp8, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1), \
-    DSV4_VARIANT(linear_few_fp4, LINEAR_FEW(fp4, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1), \
+    LINEAR_WALK_VARIANT_FP4(name), \
     DSV4_VARIANT(linear_few_bf16, LINEAR_FEW(bf16, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1)
 
 #define LINEAR_MANY(format) LINEAR_NAME(dsv4k_linear_many_##format##_, LINEAR_SET, )

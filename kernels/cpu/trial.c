@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The experiments of trial.h.  A timed call streams 256 rows of 4096 columns for one token (few),
- * as the engine's calls do (FP8 also 1024 rows of 1024 columns: walks may differ by the length of
- * a row, and its layers have both), or multiplies 96 rows of 2048 columns with 48 tokens (many);
- * the weights are flushed from the caches first, so 2 MiB are enough to see memory.  About 0.1 ms a
+ * as the engine's calls do, or multiplies 96 rows of 2048 columns with 48 tokens (many); the
+ * weights are flushed from the caches first, so 2 MiB are enough to see memory.  About 0.1 ms a
  * call.  Attention: 16 heads of 512 over 64 bf16 rows, from the caches.
  */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
@@ -19,7 +18,6 @@
 enum {
     FEW_ROWS = 256,
     FEW_COLS = 4096,
-    SHORTER = 4,
     MANY_ROWS = 96,
     MANY_COLS = 2048,
     MANY_TOKENS = 48,
@@ -185,10 +183,15 @@ static double attention_seconds(struct dsv4_trial *trial, const struct dsv4_vari
     return now() - start;
 }
 
-/* One call of a linear layer with weights that are not in the caches. */
-static double linear_seconds(struct dsv4_trial *trial, const struct dsv4_variant *variant,
-                             int format, int many, int32_t rows, int32_t cols) {
+double dsv4k_trial_seconds(struct dsv4_trial *trial, const struct dsv4_variant *variant) {
     static const int eighths[DSV4_W_FORMATS] = {8, 4, 16, 32}; /* bytes of eight weights */
+    int many = 0, format = linear_format(variant->op, &many);
+    if (variant->op == DSV4_OP_attention)
+        return attention_seconds(trial, variant);
+    if (format < 0)
+        return 0;
+    int32_t rows = many ? MANY_ROWS : format == DSV4_W_F32 ? FEW_ROWS / 2 : FEW_ROWS;
+    int32_t cols = many ? MANY_COLS : FEW_COLS;
     int scaled = format == DSV4_W_FP8 || format == DSV4_W_FP4;
     struct dsv4_weight weight = {.data = trial->weights,
                                  .scale = scaled ? trial->scale : NULL,
@@ -208,18 +211,4 @@ static double linear_seconds(struct dsv4_trial *trial, const struct dsv4_variant
     double start = now();
     run(variant, &a);
     return now() - start;
-}
-
-double dsv4k_trial_seconds(struct dsv4_trial *trial, const struct dsv4_variant *variant) {
-    int many = 0, format = linear_format(variant->op, &many);
-    if (variant->op == DSV4_OP_attention)
-        return attention_seconds(trial, variant);
-    if (format < 0)
-        return 0;
-    int32_t rows = many ? MANY_ROWS : format == DSV4_W_F32 ? FEW_ROWS / 2 : FEW_ROWS;
-    int32_t cols = many ? MANY_COLS : FEW_COLS;
-    double seconds = linear_seconds(trial, variant, format, many, rows, cols);
-    if (!many && format == DSV4_W_FP8)
-        seconds += linear_seconds(trial, variant, format, many, rows * SHORTER, cols / SHORTER);
-    return seconds;
 }

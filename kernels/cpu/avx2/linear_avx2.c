@@ -258,10 +258,10 @@ INLINE void sums_of_tile(float *sums, lanes v[SUM_TOKENS][4][UNITS]) {
 #define F32_OPERANDS 1
 #include "cpu/linear_entries.h"
 
-LINEAR_WALK(rows2, 2, 0, 2048, 0)
-LINEAR_WALK(rows4, 4, 0, 2048, 0)
-LINEAR_WALK(rows4_spaced, 4, 1, 2048, 0)
-LINEAR_WALK(rows4_far, 4, 0, 8192, 0)
+LINEAR_WALK(rows2, 2, 0, 2048)
+LINEAR_WALK(rows4, 4, 0, 2048)
+LINEAR_WALK(rows4_far, 4, 0, 8192)
+LINEAR_WALK(rows4_spaced, 4, 1, 2048)
 
 static void dsv4k_linear_few_f32_avx2(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_F32);
@@ -276,8 +276,8 @@ static void dsv4k_linear_many_f32_avx2(const struct dsv4_linear_args *a) {
 const struct dsv4_variant dsv4k_avx2_linear[] = {
     LINEAR_WALK_VARIANTS(rows2),
     LINEAR_WALK_VARIANTS(rows4),
-    LINEAR_WALK_VARIANTS(rows4_spaced),
     LINEAR_WALK_VARIANTS(rows4_far),
+    LINEAR_WALK_VARIANTS(rows4_spaced),
     LINEAR_MANY_VARIANTS,
     DSV4_VARIANT(linear_few_f32, dsv4k_linear_few_f32_avx2, "avx2", 0),
     DSV4_VARIANT(linear_many_f32, dsv4k_linear_many_f32_avx2, "avx2", 0),

@@ -264,18 +264,16 @@ INLINE void line_fp4(struct lines *s, size_t at, const int R, const int T) {
 #define F32_OPERANDS 0
 #include "cpu/linear_entries.h"
 
-LINEAR_WALK(rows4, 4, 0, 2048, 0)
-LINEAR_WALK(rows4_spaced, 4, 1, 2048, 0)
-LINEAR_WALK(rows4_far, 4, 0, 8192, 0)
-LINEAR_WALK(rows4_spaced_or8, 4, 1, 2048, 1)
-LINEAR_WALK(rows4_far_or8, 4, 0, 8192, 1)
+LINEAR_WALK(rows4, 4, 0, 2048)
+LINEAR_WALK(rows4_far, 4, 0, 8192)
+LINEAR_WALK(rows4_spaced, 4, 1, 2048)
+LINEAR_WALK_FP4(rows8_far, 8, 0, 16384)
 
 const struct dsv4_variant dsv4k_avx512bf16_linear[] = {
     LINEAR_WALK_VARIANTS(rows4),
-    LINEAR_WALK_VARIANTS(rows4_spaced),
     LINEAR_WALK_VARIANTS(rows4_far),
-    LINEAR_WALK_VARIANTS(rows4_spaced_or8),
-    LINEAR_WALK_VARIANTS(rows4_far_or8),
+    LINEAR_WALK_VARIANTS(rows4_spaced),
+    LINEAR_WALK_VARIANT_FP4(rows8_far),
     LINEAR_MANY_VARIANTS,
     {NULL, NULL, 0, 0},
 };
