@@ -69,6 +69,9 @@ struct dsv4_options {
     int32_t use_mmap;               /* 0: read into owned memory */
     uint64_t expert_bytes;          /* with use_mmap: memory for routed experts, read from disk when chosen; 0: no limit */
     int32_t copy_to_nodes;          /* with use_mmap and several memory nodes: copy weights to where they are used */
+    int32_t use_cuda;               /* 1: the first CUDA device computes; all weights are copied there */
+    uint64_t gpu_bytes;             /* with use_cuda: most bytes for weights and a pass; 0: what is free */
+    const char *cuda_plugin, *cuda_driver; /* with use_cuda: as for dsv4_devices */
     const char *root;               /* where /sys and /proc are found, for tests; NULL: this machine's */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
     /* bytes scanned, from the calling thread, at least every 50 ms; non-zero cancels (DSV4_E_CANCELLED); or NULL */
@@ -109,7 +112,7 @@ dsv4_status dsv4_model_tensor(const dsv4_model *model, const char *name, const v
 /* ---------------------------------------------------------------------------------------------------------- devices */
 
 /* A GPU, as the CUDA plugin sees it. */
-struct dsv4_device {
+struct dsv4_device_facts {
     char name[256];
     int32_t major, minor; /* architecture */
     int32_t multiprocessors;
@@ -127,7 +130,7 @@ struct dsv4_plugin_facts {
  * Loads the plugin at path `plugin` and the driver that dlopen finds as `driver`; both stay loaded.  Fills up to
  * `capacity` devices; *n is how many there are.  DSV4_E_UNAVAILABLE says why there are none.
  */
-dsv4_status dsv4_devices(struct dsv4_device *out, int32_t capacity, int32_t *n, struct dsv4_plugin_facts *facts,
+dsv4_status dsv4_devices(struct dsv4_device_facts *out, int32_t capacity, int32_t *n, struct dsv4_plugin_facts *facts,
                          const char *plugin, const char *driver, dsv4_error *err);
 
 /* ---------------------------------------------------------------------------------------------------------- session */

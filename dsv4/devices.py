@@ -74,11 +74,6 @@ class Devices:
         }
 
 
-# what is missing beside a device
-NO_PASS = ("CUDA: this version of dsv4 finds devices but computes on CPUs only; use device='cpu' "
-           "or 'auto'")
-
-
 def choose(device: object) -> tuple[str, str | None]:
     """Where a model is to run, and why not on a GPU if that was left open.
 
@@ -107,10 +102,11 @@ def choose(device: object) -> tuple[str, str | None]:
     if device == "cpu":
         return "cpu", None
     state = find().state
-    why = NO_PASS if state == "ready" else state
+    if state == "ready":
+        return "cuda", None
     if device == "cuda":
-        raise BackendUnavailable(why)
-    return "cpu", why
+        raise BackendUnavailable(state)
+    return "cpu", state
 
 
 def find() -> Devices:

@@ -15,7 +15,7 @@ import numpy as np
 from dsv4 import _core, devices, hub
 from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.config import Config
-from dsv4.errors import FormatError
+from dsv4.errors import BackendUnavailable, DeviceError, FormatError
 from dsv4.files import Folder
 from dsv4.memory import check_bytes, fitting, plan
 from dsv4.model import Model
@@ -36,8 +36,9 @@ USUAL_CONTEXT = 4096
 def load(
     path: str | os.PathLike[str] | None = None, *, device: str = "auto",
     threads: int | None = None, numerics: str = "official", mmap: bool = True,
-    memory: int | None = None, verify: str | None = None, revision: str | None = None,
-    local_files_only: bool = False, april_kv: bool = False, april_shared: bool = False,
+    memory: int | None = None, gpu_memory: int | None = None, verify: str | None = None,
+    revision: str | None = None, local_files_only: bool = False, april_kv: bool = False,
+    april_shared: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -48,7 +49,8 @@ def load(
         small model inside the package.
     device : "auto", "cpu" or "cuda"
         Where it runs.  "auto" uses the CPU where there is no usable GPU, and `repr` of the model
-        says why.
+        says why.  A GPU gives the CPU's bits; traces, edits and layers called alone are computed on
+        the CPU beside it.
     threads : int, optional
         Threads of its team; by default DSV4_NUM_THREADS, then OMP_NUM_THREADS, then one per
         physical core this process may use.  It changes the speed, never a bit of the results.
@@ -63,6 +65,9 @@ def load(
         Most bytes to use for weights, state and work; what is free by default.  If it needs more,
         routed experts come from disk: those used most are kept, the others are read when they are
         chosen.  It changes the speed, never a bit of the results; `Model.plan` says what is kept.
+    gpu_memory : int, optional
+        Most bytes of the GPU for weights and a step; what is free by default.  All weights must fit
+        there.
     verify : "crc" or "sha256", optional
         Compare all weights with their checksums first (`dsv4.checksums`).
     revision : str, optional
@@ -85,6 +90,8 @@ def load(
         There is no such folder, or no such repository.
     MemoryError
         It does not fit; says what is needed, what is free and what would fit.
+    DeviceError
+        The device failed.
     BackendUnavailable
         The device is not available: says why, and what to do.
     ValueError, TypeError
@@ -105,6 +112,8 @@ def load(
     options = _options(device, threads, numerics, mmap, april_kv, april_shared)
     if memory is not None:
         memory = check_bytes(memory, "memory")
+    if gpu_memory is not None:
+        options["gpu_bytes"] = check_bytes(gpu_memory, "gpu_memory")
     if verify not in (None, "crc", "sha256"):
         raise ValueError(f"verify: got {verify!r}, wanted 'crc', 'sha256' or None")
     if path is None:
@@ -124,7 +133,7 @@ def load(
             options["copy_to_nodes"] = int(mmap)
         tokenizer, defaults = _text_files(folder, checkpoint.config)
         with _Progress(str(folder)) as progress:
-            core = engine(checkpoint, options, progress)
+            core = _on_device(checkpoint, options, progress, device)
         return Model(core, checkpoint, tokenizer, defaults, needs, options)
 
 
@@ -163,12 +172,13 @@ def _options(
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, wanted True or False")
     n_thread = _thread_count(threads)
-    _, why_cpu = devices.choose(device)
+    chosen, why_cpu = devices.choose(device)
     return dict(
         numerics=NUMERICS[numerics], april_kv=int(april_kv is True),
         april_shared=int(april_shared is True), n_thread=n_thread, chunk_tok=0,
         use_mmap=int(mmap is True), expert_bytes=0,
-        copy_to_nodes=0, why_cpu=why_cpu,
+        copy_to_nodes=0, why_cpu=why_cpu, use_cuda=int(chosen == "cuda"), gpu_bytes=0,
+        cuda_plugin=str(devices.PLUGIN), cuda_driver=devices.DRIVER,
         disable=os.environ.get("DSV4_CPU_DISABLE") or None,
     )
 
@@ -208,6 +218,23 @@ def _text_files(folder: Path, config: Config) -> tuple[Tokenizer | None, dict[st
         raise FormatError(file=TOKENIZER_FILE, rule="ids", got=f"{tokenizer.vocab_size} ids",
                           wanted=f"at most vocab_size = {config.vocab_size}")
     return tokenizer, defaults
+
+
+def _on_device(
+    checkpoint: Checkpoint, options: dict[str, Any],
+    progress: Callable[[int, int], object] | None, device: str,
+) -> _core.Model:
+    """The engine on the device chosen; where that was left open, on the CPU if the GPU refuses."""
+    try:
+        if options["use_cuda"] and options["expert_bytes"]:
+            raise MemoryError("CUDA: routed experts from disk run on the CPU alone; use "
+                              "device='cpu', or more memory")
+        return engine(checkpoint, options, progress)
+    except (BackendUnavailable, DeviceError, MemoryError) as error:
+        if device != "auto" or not options["use_cuda"]:
+            raise
+        options |= {"use_cuda": 0, "why_cpu": str(error)}
+        return engine(checkpoint, options, progress)
 
 
 def engine(

@@ -54,6 +54,8 @@ class Model:
         The folder it was loaded from.
     kind : str
         What it is, in one line.
+    device : "cpu" or "cuda"
+        Where steps run.
     numerics : str
         "official" or "weights".
     plan : Plan
@@ -76,6 +78,7 @@ class Model:
         self.path = checkpoint.folder
         self.kind = checkpoint.kind
         self.numerics = "weights" if options["numerics"] else "official"
+        self.device: Literal["cpu", "cuda"] = "cuda" if options["use_cuda"] else "cpu"
         self._why_cpu: str | None = options["why_cpu"]
         self.plan = needs
         self.generation_config = dict(defaults)
@@ -555,7 +558,7 @@ class Model:
             ("weights", size(self.plan.weight_bytes)),
             *((f"  {part}", size(n)) for part, n in parts if n),
             *self._kept(),
-            ("runs on", f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, "
+            ("runs on", f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, "
                         f"{self.numerics} numerics"),
             *([("not on a GPU", self._why_cpu)] if self._why_cpu else []),
         ]

@@ -83,6 +83,7 @@ void dsv4_kv_release(struct dsv4_kv *kv) {
         dsv4_rows_release(&kv->layers[i].index);
     }
     dsv4_rows_release(&kv->tokens);
+    dsv4_mirror_destroy(kv->mirror);
     free(kv->layers);
     free(kv->fixed);
     free(kv->undo);
@@ -118,6 +119,8 @@ dsv4_status dsv4_kv_own(struct dsv4_kv **kv, dsv4_error *err) {
         dsv4_kv_release(copy);
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory to share the rows of %d positions", old->position);
     }
+    /* it follows the timeline that goes on first; others that share `old` may do so at the same time */
+    copy->mirror = atomic_exchange(&old->mirror, NULL);
     dsv4_kv_release(old);
     *kv = copy;
     return DSV4_OK;
@@ -228,6 +231,7 @@ dsv4_status dsv4_kv_save(struct dsv4_kv *kv, int32_t n, dsv4_error *err) {
 
 void dsv4_kv_restore(struct dsv4_kv *kv, int32_t n) {
     walk(kv, kv->undo, kv->position, n, 1);
+    dsv4_mirror_forget(kv->mirror);
 }
 
 void dsv4_kv_forget_undo(struct dsv4_kv *kv) {

@@ -43,8 +43,13 @@ struct dsv4_kv {
     size_t undo_capacity;
     struct dsv4_row_store tokens; /* rows of DSV4_TOKENS_PER_ROW int32 */
     struct dsv4_kv_layer *layers; /* owned, [layers] */
+    _Atomic(struct dsv4_mirror *) mirror; /* owned: this state on the model's device (model/device_kv.c), or NULL */
     int32_t first_layer, end_layer; /* layers with state: all, or one for a layer run alone */
 };
+
+void dsv4_mirror_destroy(struct dsv4_mirror *k); /* NULL is legal */
+/* The host's state has moved without it: to be copied again.  NULL is legal. */
+void dsv4_mirror_forget(struct dsv4_mirror *k);
 
 /* Fills model->state and model->state_bytes. */
 dsv4_status dsv4_kv_layout(dsv4_model *m, dsv4_error *err);

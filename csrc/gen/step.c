@@ -33,6 +33,7 @@ struct dsv4_run {
     struct dsv4_clock clock;
     atomic_int bad_layer;
     struct dsv4_damage damage;
+    dsv4_error fault;              /* of the device; code DSV4_OK: none */
     atomic_llong progress;
     int diagnose, cancelled;
     /* one pass at a time, planned by worker 0 */
@@ -142,10 +143,22 @@ static int run_layer(dsv4_worker *w, dsv4_run *r) {
     return 0;
 }
 
+/* The next pass, by one worker: nothing runs beside it. */
+static void begin_pass(dsv4_run *r) {
+    struct dsv4_pass *p = &r->pass;
+    if (!plan_pass(r))
+        return;
+    if (r->model->cache)
+        dsv4_experts_begin(p);
+    p->on_device = r->model->device && r->segments && !p->asked && !p->edited && !p->diagnose;
+    for (int32_t i = 0; r->segments && !p->on_device && i < p->n_piece; i++)
+        dsv4_mirror_forget(p->pieces[i].kv->mirror); /* the host's state moves on alone */
+}
+
 static void run_passes(dsv4_worker *w, dsv4_run *r) {
     for (;;) {
-        if (w->id == 0 && plan_pass(r) && r->model->cache)
-            dsv4_experts_begin(&r->pass);
+        if (w->id == 0)
+            begin_pass(r);
         if (dsv4_meet(w, &r->pass) || !r->pass.n_tok)
             return;
         if (r->part ? dsv4_part(w, &r->pass, r->part) : r->segments ? dsv4_forward(w, &r->pass, 1) : run_layer(w, r))
@@ -289,7 +302,7 @@ static dsv4_status run_create(dsv4_run **out, dsv4_model *m, float *seconds, str
         .m = m, .ws = m->workspace, .pieces = r->kept.pieces, .ids = r->kept.ids, .positions = r->kept.positions,
         .piece_of = r->kept.piece_of, .end_layer = m->config.num_hidden_layers, .clock = seconds ? &r->clock : NULL,
         .wanted = r->kept.wanted, .unread = -1,
-        .bad_layer = &r->bad_layer, .damage = &r->damage,
+        .bad_layer = &r->bad_layer, .damage = &r->damage, .fault = &r->fault,
     };
     *out = r;
     return DSV4_OK;
@@ -535,6 +548,10 @@ dsv4_status dsv4_run_finish(dsv4_run *r, dsv4_error *err) {
     } else if (r->pass.unread >= 0) {
         status = dsv4_fail(err, DSV4_E_IO, "layers.%d.ffn.experts.%d: its file could not be read; every session is as it "
                            "was", r->pass.unread_layer, r->pass.unread);
+    } else if (r->fault.code != DSV4_OK) {
+        status = r->fault.code;
+        if (err)
+            *err = r->fault;
     } else if (atomic_load(&r->damage.found)) {
         status = dsv4_rows_fault(DSV4_ROWS_DAMAGED, r->damage.store, r->damage.layer, r->damage.row, err);
     } else if (atomic_load(&r->bad_layer) != INT_MAX && r->part) {

@@ -6,10 +6,10 @@
 #include "dsv4.h"
 
 /* One device; what keeps it from being used is said in it, and is no error. */
-static void describe(const struct dsv4_cuda_plugin *p, int32_t index, struct dsv4_device *out) {
+static void describe(const struct dsv4_cuda_plugin *p, int32_t index, struct dsv4_device_facts *out) {
     struct dsv4_cuda_properties found;
     dsv4_error err;
-    *out = (struct dsv4_device){0};
+    *out = (struct dsv4_device_facts){0};
     dsv4_status status = dsv4_cuda_properties(p, index, &found, &err);
     if (status == DSV4_OK) {
         _Static_assert(sizeof out->name == sizeof found.name && sizeof out->why == sizeof err.message, "strings");
@@ -28,7 +28,7 @@ static void describe(const struct dsv4_cuda_plugin *p, int32_t index, struct dsv
     }
 }
 
-dsv4_status dsv4_devices(struct dsv4_device *out, int32_t capacity, int32_t *n, struct dsv4_plugin_facts *facts,
+dsv4_status dsv4_devices(struct dsv4_device_facts *out, int32_t capacity, int32_t *n, struct dsv4_plugin_facts *facts,
                          const char *plugin, const char *driver, dsv4_error *err) {
     const struct dsv4_cuda_plugin *p;
     DSV4_TRY(dsv4_cuda_load(&p, &(struct dsv4_cuda_paths){plugin, driver}, err));

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "model/call.h"
+#include "model/device.h"
 #include "model/edit.h"
 #include "model/part.h"
 #include "model/sites.h"
@@ -115,7 +116,19 @@ static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
     return 0;
 }
 
+/* By the first worker; the others wait. */
+static int forward_on_device(dsv4_worker *w, struct dsv4_pass *p) {
+    if (w->id == 0)
+        dsv4_device_layers(w, p, p->fault);
+    DSV4_SYNC(w, p);
+    if (p->fault->code != DSV4_OK || atomic_load(&p->damage->found))
+        return 1;
+    return dsv4_head(w, p);
+}
+
 int dsv4_forward(dsv4_worker *w, struct dsv4_pass *p, int embed) {
+    if (p->on_device)
+        return forward_on_device(w, p);
     if (dsv4_enter(w, p, embed))
         return 1;
     for (int32_t i = p->first_layer; i < p->end_layer; i++)

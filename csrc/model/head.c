@@ -2,7 +2,7 @@
 /* The rows somebody wants: the head's collapse, final norm, logits (SPEC 2.4, 5.1), sampling; in blocks of rows. */
 #include <limits.h>
 
-#include "model/pass.h"
+#include "model/device.h"
 
 static int hidden_rows(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, int32_t n) {
     const struct dsv4_config *c = &p->m->config;
@@ -37,18 +37,34 @@ static int finite(const float *x, int64_t n) {
     return worst < 0x7f800000u;
 }
 
-static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n) {
+/* ws->logits of n tokens, complete for all workers. */
+static int logits_of(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, int32_t n) {
     int32_t vocab = p->m->config.vocab_size;
-    int32_t tok[DSV4_LOGIT_ROWS];
     int64_t lo, hi;
-    for (int32_t i = 0; i < n; i++)
-        tok[i] = wanted[i].tok;
+    if (p->on_device) {
+        if (w->id == 0)
+            dsv4_device_logits(p, tok, n, p->fault);
+        DSV4_SYNC(w, p);
+        return p->fault->code != DSV4_OK;
+    }
     if (hidden_rows(w, p, tok, n))
         return 1;
     struct dsv4_linear_job job = {&p->m->head, p->ws->hidden, p->ws->logits, p->m->config.hidden_size, vocab, 1};
     dsv4_share(w, vocab, 16, &lo, &hi);
     dsv4_linear_rows(w, p, &job, NULL, n, (int32_t)lo, (int32_t)hi);
     DSV4_SYNC(w, p);
+    return 0;
+}
+
+static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n) {
+    int32_t vocab = p->m->config.vocab_size;
+    int32_t tok[DSV4_LOGIT_ROWS];
+    int64_t lo, hi;
+    for (int32_t i = 0; i < n; i++)
+        tok[i] = wanted[i].tok;
+    if (logits_of(w, p, tok, n))
+        return 1;
+    dsv4_share(w, vocab, 16, &lo, &hi);
     for (int32_t i = 0; i < n; i++) {
         const float *row = p->ws->logits + (ptrdiff_t)i * vocab;
         int none = INT_MAX; /* a layer found before stays */

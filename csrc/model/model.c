@@ -6,6 +6,7 @@
 
 #include "core/arena.h"
 #include "gen/kvcache.h"
+#include "model/device.h"
 #include "model/experts.h"
 #include "model/model.h"
 #include "model/pass.h"
@@ -189,7 +190,11 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
         DSV4_TRY(dsv4_place_weights(m, shards, err));
     }
     DSV4_TRY(dsv4_kv_layout(m, err));
-    return dsv4_workspace_create(&m->workspace, m, err);
+    DSV4_TRY(dsv4_workspace_create(&m->workspace, m, err));
+    if (!m->options.use_cuda)
+        return DSV4_OK;
+    struct dsv4_cuda_paths paths = {m->options.cuda_plugin, m->options.cuda_driver};
+    return dsv4_device_create(&m->device, m, &paths, m->options.gpu_bytes, err);
 }
 
 dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config, const struct dsv4_shard_desc *shards,
@@ -205,6 +210,7 @@ dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config
     m->options.progress = NULL;
     m->options.disable = NULL;
     m->options.root = NULL;
+    m->options.cuda_plugin = m->options.cuda_driver = NULL;
     if (status != DSV4_OK) {
         dsv4_model_destroy(m);
         return status;
@@ -217,6 +223,7 @@ void dsv4_model_destroy(dsv4_model *m) {
     if (!m || atomic_fetch_sub(&m->references, 1) > 1)
         return;
     dsv4_run_free(atomic_load(&m->spare));
+    dsv4_device_destroy(m->device);
     dsv4_workspace_destroy(m->workspace);
     dsv4_team_destroy(m->team);
     dsv4_experts_destroy(m->cache);

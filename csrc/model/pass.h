@@ -115,6 +115,8 @@ struct dsv4_pass {
     int32_t unread, unread_layer;    /* an expert that could not be read from disk, or -1; worker 0 */
     atomic_int *bad_layer;           /* lowest layer with a non-finite stream; the layer count for the head; INT_MAX */
     struct dsv4_damage *damage;
+    dsv4_error *fault;               /* of the model's device (model/device.h): the step fails */
+    int on_device;                   /* the model's device computes this pass; else the CPU: the same bits */
     int diagnose;                    /* look at the streams after every layer */
     int edited;                      /* a piece is: ask dsv4_edited (model/edit.h) */
     struct dsv4_calls *calls;        /* of the edits that ask the caller (model/call.h), or NULL */

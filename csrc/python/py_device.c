@@ -4,7 +4,7 @@
 
 enum { MAX_DEVICES = 64 };
 
-static PyObject *device_to_python(const struct dsv4_device *d) {
+static PyObject *device_to_python(const struct dsv4_device_facts *d) {
     PyObject *why = d->why[0] ? PyUnicode_DecodeUTF8(d->why, (Py_ssize_t)strlen(d->why),
                                                      "backslashreplace")
                               : Py_NewRef(Py_None);
@@ -22,7 +22,7 @@ PyObject *devices_function(PyObject *module, PyObject *args) {
     int32_t n = 0;
     if (!PyArg_ParseTuple(args, "ss:devices", &plugin, &driver))
         return NULL;
-    struct dsv4_device *found = PyMem_Calloc(MAX_DEVICES, sizeof *found);
+    struct dsv4_device_facts *found = PyMem_Calloc(MAX_DEVICES, sizeof *found);
     if (!found)
         return PyErr_NoMemory();
     dsv4_status status;

@@ -82,6 +82,7 @@ static const struct field option_fields[] = {
     FIELD(numerics, FIELD_I32),     FIELD(april_kv, FIELD_I32),  FIELD(april_shared, FIELD_I32),
     FIELD(n_thread, FIELD_I32),     FIELD(chunk_tok, FIELD_I32), FIELD(use_mmap, FIELD_I32),
     FIELD(expert_bytes, FIELD_U64), FIELD(copy_to_nodes, FIELD_I32),
+    FIELD(use_cuda, FIELD_I32),     FIELD(gpu_bytes, FIELD_U64),
 #undef FIELD
 };
 
@@ -93,6 +94,7 @@ struct load_args {
     struct dsv4_shard_desc *shards;
     struct dsv4_tensor_desc *tensors;
     PyObject *shard_list, *tensor_list; /* tuples of tuples: they keep the strings */
+    PyObject *strings[3];               /* of the options, or NULL */
 };
 
 static void load_args_free(struct load_args *a) {
@@ -101,6 +103,8 @@ static void load_args_free(struct load_args *a) {
     PyMem_Free(a->tensors);
     Py_XDECREF(a->shard_list);
     Py_XDECREF(a->tensor_list);
+    for (size_t i = 0; i < Py_ARRAY_LENGTH(a->strings); i++)
+        Py_XDECREF(a->strings[i]);
 }
 
 static int parse_config(struct load_args *a, PyObject *dict) {
@@ -122,6 +126,23 @@ static int parse_config(struct load_args *a, PyObject *dict) {
         return -1;
     }
     a->config.compress_ratios = a->ratios;
+    return 0;
+}
+
+static int parse_options(struct load_args *a, PyObject *dict) {
+    static const char *const names[] = {"disable", "cuda_plugin", "cuda_driver"};
+    const char **fields[] = {&a->options.disable, &a->options.cuda_plugin, &a->options.cuda_driver};
+    if (fields_from_dict(&a->options, option_fields, Py_ARRAY_LENGTH(option_fields), dict,
+                         "options") < 0)
+        return -1;
+    for (size_t i = 0; i < Py_ARRAY_LENGTH(a->strings); i++) {
+        PyObject *value = PyDict_GetItemString(dict, names[i]); /* borrowed */
+        if (!value || value == Py_None)
+            continue;
+        a->strings[i] = Py_NewRef(value);
+        if (!(*fields[i] = PyUnicode_AsUTF8(value)))
+            return -1;
+    }
     return 0;
 }
 
@@ -263,18 +284,10 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     int status = -1;
     self->handle = handle_new();
     if (!self->handle || parse_config(&a, config) < 0 || parse_shards(&a, shards) < 0 ||
-        parse_tensors(&a, tensors) < 0 ||
-        fields_from_dict(&a.options, option_fields, Py_ARRAY_LENGTH(option_fields), options,
-                         "options") < 0)
-        goto done;
-    PyObject *disable =
-        PyDict_GetItemString(options, "disable"); /* borrowed from the caller's dict */
-    if (disable && disable != Py_None && !(a.options.disable = PyUnicode_AsUTF8(disable)))
+        parse_tensors(&a, tensors) < 0 || parse_options(&a, options) < 0)
         goto done;
     self->vocab = a.config.vocab_size;
-    Py_XINCREF(disable);
     status = load(state_of(type), handle_of(self->handle), &a, progress);
-    Py_XDECREF(disable);
 done:
     load_args_free(&a);
     if (status < 0)

@@ -46,6 +46,35 @@ static int free_bytes(uint64_t *out) {
     return code;
 }
 
+static int allocate(void **out, uint64_t bytes) {
+    *out = nullptr;
+    return cudaMalloc(out, bytes);
+}
+
+static int release(void *p) {
+    return cudaFree(p);
+}
+
+static int stream_create(void **out) {
+    return cudaStreamCreateWithFlags((cudaStream_t *)out, cudaStreamNonBlocking);
+}
+
+static int stream_destroy(void *stream) {
+    return cudaStreamDestroy((cudaStream_t)stream);
+}
+
+static int synchronize(void *stream) {
+    return cudaStreamSynchronize((cudaStream_t)stream);
+}
+
+static int upload(void *to, const void *from, uint64_t bytes, void *stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (cudaStream_t)stream);
+}
+
+static int download(void *to, const void *from, uint64_t bytes, void *stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream);
+}
+
 static const char *error_name(int code) {
     return cudaGetErrorName((cudaError_t)code);
 }
@@ -60,7 +89,8 @@ extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin 
         sizeof(struct dsv4_cuda_plugin),
         CUDART_VERSION,
         DSV4_CUDA_BUILT_FOR,
-        {device_count, properties, prepare, free_bytes, error_name, error_text},
+        {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
+         upload, download, error_name, error_text},
         {
 #define X(op) dsv4_cuda_##op,
             DSV4_CUDA_LAUNCHES(X)

@@ -22,6 +22,15 @@ struct dsv4_cuda_runtime {
     /* Whether the plugin has code for this device; makes it the current device of the calling thread. */
     int (*prepare)(int32_t device);
     int (*free_bytes)(uint64_t *out); /* of the current device */
+    int (*allocate)(void **out, uint64_t bytes); /* aligned to 256; *out is NULL on failure */
+    int (*release)(void *p);                     /* waits for what runs; NULL is legal */
+    int (*stream_create)(void **out);
+    int (*stream_destroy)(void *stream);
+    int (*synchronize)(void *stream);            /* errors of launches come out here */
+    /* In the order of the stream.  Host memory may be pageable: it may be changed when upload returns, and holds what
+     * download brings after the next synchronize. */
+    int (*upload)(void *to, const void *from, uint64_t bytes, void *stream);
+    int (*download)(void *to, const void *from, uint64_t bytes, void *stream);
     const char *(*error_name)(int code);
     const char *(*error_text)(int code);
 };

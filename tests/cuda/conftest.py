@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared libraries compiled for the tests."""
 
+import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,27 @@ def shared_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return made[source, *macros]
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def host_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin with its real kernels, executed on the CPU: host_plugin.cpp."""
+    folder = tmp_path_factory.mktemp("host_plugin")
+    here, kernels = ROOT / "tests" / "cuda", ROOT / "kernels" / "cuda"
+    sources = [here / "host.cpp", here / "host_plugin.cpp",
+               *(p for p in sorted(kernels.glob("*.cu")) if p.stem != "plugin")]
+    include = [f"-I{p}" for p in (ROOT, ROOT / "kernels", kernels, here)]
+    flags = ["-std=c++17", "-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fPIC",
+             "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+
+    def compiled(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        subprocess.run(["g++", *flags, *include, "-x", "c++", "-c", str(source), "-o", str(made)],
+                       check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compiled, sources))
+    target = folder / "host_plugin.so"
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(target)], check=True)
+    return target

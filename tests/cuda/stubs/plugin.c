@@ -51,7 +51,8 @@ dsv4_cuda_plugin_fn dsv4_cuda_plugin;
 const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
     static struct dsv4_cuda_plugin plugin = {
         .abi = STUB_ABI, .bytes = STUB_BYTES, .cuda_version = 13000, .built_for = "sm_90a",
-        .runtime = {device_count, properties, prepare, free_bytes, error_name, error_text},
+        .runtime = {.device_count = device_count, .properties = properties, .prepare = prepare,
+                    .free_bytes = free_bytes, .error_name = error_name, .error_text = error_text},
     };
     return &plugin;
 }

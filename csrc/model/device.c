@@ -1,0 +1,302 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Weights and buffers of a model on a device: laid out in one block each, counted before anything is allocated. */
+#include "model/device.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/arena.h"
+
+enum { ALIGN = 256 };
+
+static dsv4_status remember(struct dsv4_device *d, dsv4_status status, const dsv4_error *err) {
+    if (status == DSV4_E_DEVICE && d->dead.code == DSV4_OK)
+        d->dead = *err;
+    return status;
+}
+
+dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doing, dsv4_error *err) {
+    return code == 0 ? DSV4_OK : remember(d, dsv4_cuda_status(d->plugin, code, doing, err), err);
+}
+
+/* A block of the device that is filled from its start: first only counted (base NULL), then for real. */
+struct placing {
+    struct dsv4_device *d;
+    uint8_t *base;
+    size_t used;
+    dsv4_error *err;
+    dsv4_status status; /* of the first failure */
+};
+
+static void *take(struct placing *p, uint64_t bytes) {
+    uint8_t *at = p->base ? p->base + p->used : NULL;
+    p->used += (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    return at;
+}
+
+static const void *copy(struct placing *p, const void *from, uint64_t bytes) {
+    void *to = take(p, bytes);
+    if (to && bytes && p->status == DSV4_OK)
+        p->status = dsv4_device_status(p->d, p->d->plugin->runtime.upload(to, from, bytes, p->d->stream),
+                                       "copying weights", p->err);
+    return to;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- weights */
+
+static void weight(struct placing *p, struct dsv4_weight *w) {
+    w->data = copy(p, w->data, dsv4_weight_bytes(w));
+    if (w->scale)
+        w->scale = copy(p, w->scale, dsv4_scale_bytes(w));
+}
+
+static void vector(struct placing *p, const float **v, int64_t n) {
+    *v = copy(p, *v, (uint64_t)n * sizeof **v);
+}
+
+static void hyper(struct placing *p, struct dsv4_hyper *h, int32_t mixes, int32_t scales) {
+    weight(p, &h->fn);
+    vector(p, &h->base, mixes);
+    vector(p, &h->scale, scales);
+}
+
+static void compressor(struct placing *p, struct dsv4_compressor *c) {
+    int64_t width = (int64_t)c->dim * (c->overlap ? 2 : 1);
+    weight(p, &c->wkv);
+    weight(p, &c->wgate);
+    vector(p, &c->ape, width * c->ratio);
+    vector(p, &c->norm, c->dim);
+}
+
+/* The weights of all experts, and on the device a table of each projection. */
+static void experts(struct placing *p, struct dsv4_device_layer *out, const struct dsv4_layer *l) {
+    size_t n = (size_t)p->d->model->config.n_routed_experts + 1, bytes = n * sizeof(struct dsv4_weight);
+    struct dsv4_weight *tables = malloc(3 * bytes);
+    if (!tables) {
+        p->status = dsv4_fail(p->err, DSV4_E_MEMORY, "no memory for a table of %zu experts", n);
+        return;
+    }
+    for (size_t e = 0; e < n; e++) {
+        const struct dsv4_expert *x = e + 1 < n ? &l->experts[e] : &l->shared;
+        tables[e] = x->w1;
+        tables[n + e] = x->w3;
+        tables[2 * n + e] = x->w2;
+    }
+    for (size_t i = 0; i < 3 * n; i++)
+        weight(p, &tables[i]);
+    out->w1 = copy(p, tables, bytes);
+    out->w3 = copy(p, tables + n, bytes);
+    out->w2 = copy(p, tables + 2 * n, bytes);
+    free(tables); /* upload has read it */
+}
+
+static void layer(struct placing *p, struct dsv4_device_layer *out, const struct dsv4_layer *from) {
+    const dsv4_model *m = p->d->model;
+    const struct dsv4_config *c = &m->config;
+    struct dsv4_layer *l = &out->l;
+    int32_t mixes = (2 + c->hc_mult) * c->hc_mult;
+    *l = *from;
+    l->experts = NULL;
+    hyper(p, &l->hc_attn, mixes, 3);
+    hyper(p, &l->hc_ffn, mixes, 3);
+    vector(p, &l->attn_norm, c->hidden_size);
+    vector(p, &l->ffn_norm, c->hidden_size);
+    vector(p, &l->q_norm, c->q_lora_rank);
+    vector(p, &l->kv_norm, c->head_dim);
+    vector(p, &l->sink, c->num_attention_heads);
+    weight(p, &l->wq_a);
+    weight(p, &l->wq_b);
+    weight(p, &l->wkv);
+    weight(p, &l->wo_a);
+    weight(p, &l->wo_b);
+    if (l->kind != DSV4_SWA)
+        compressor(p, &l->compressor);
+    if (l->kind == DSV4_CSA) {
+        compressor(p, &l->index_compressor);
+        weight(p, &l->index_wq_b);
+        weight(p, &l->weights_proj);
+    }
+    weight(p, &l->gate);
+    if (l->gate_bias)
+        vector(p, &l->gate_bias, c->n_routed_experts);
+    if (l->tid2eid)
+        l->tid2eid = copy(p, l->tid2eid, (uint64_t)c->vocab_size * (uint64_t)c->num_experts_per_tok *
+                                             (uint64_t)l->tid2eid_bytes);
+    experts(p, out, from);
+    out->quant_down = dsv4_rounds_input(m, &from->experts[0].w2);
+    out->quant_shared = dsv4_rounds_input(m, &from->shared.w2);
+}
+
+static void all_weights(struct placing *p) {
+    struct dsv4_device *d = p->d;
+    const dsv4_model *m = d->model;
+    const struct dsv4_config *c = &m->config;
+    d->embed = m->embed;
+    d->head = m->head;
+    d->hc_head = m->hc_head;
+    d->norm = m->norm;
+    d->freq_main = m->freq_main;
+    d->freq_compressed = m->freq_compressed;
+    weight(p, &d->embed);
+    weight(p, &d->head);
+    hyper(p, &d->hc_head, c->hc_mult, 1);
+    vector(p, &d->norm, c->hidden_size);
+    vector(p, &d->freq_main, c->qk_rope_head_dim / 2);
+    vector(p, &d->freq_compressed, c->qk_rope_head_dim / 2);
+    for (int32_t i = 0; i < c->num_hidden_layers && p->status == DSV4_OK; i++)
+        layer(p, &d->layers[i], &m->layers[i]);
+}
+
+/* The experts of a layer are computed by one launch, so the inputs of their second projections are rounded alike. */
+static dsv4_status check_experts(const dsv4_model *m, dsv4_error *err) {
+    for (int32_t i = 0; i < m->config.num_hidden_layers; i++)
+        for (int32_t e = 1; e < m->config.n_routed_experts; e++)
+            if (dsv4_rounds_input(m, &m->layers[i].experts[e].w2) != dsv4_rounds_input(m, &m->layers[i].experts[0].w2))
+                return dsv4_fail(err, DSV4_E_UNAVAILABLE, "CUDA: layer %d: experts 0 and %d have w2 of formats whose inputs "
+                                 "are rounded differently; use device='cpu'", i, e);
+    return DSV4_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- buffers */
+
+static void all_buffers(struct placing *p) {
+    const dsv4_model *m = p->d->model;
+    const struct dsv4_config *c = &m->config;
+    struct dsv4_device_buffers *b = &p->d->b;
+    size_t n = (size_t)m->options.chunk_tok, d = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
+    size_t heads = (size_t)c->num_attention_heads * (size_t)c->head_dim, pairs = (size_t)c->qk_rope_head_dim / 2;
+    size_t iq = (size_t)c->index_n_heads, low = (size_t)c->o_groups * (size_t)c->o_lora_rank;
+    size_t top_k = (size_t)c->num_experts_per_tok, rows = n * (top_k + 1), width = (size_t)c->moe_intermediate_size;
+    size_t n_exp = (size_t)c->n_routed_experts, ql = (size_t)c->q_lora_rank, mixes = (2 + hc) * hc;
+    size_t dim = (size_t)c->head_dim, idim = (size_t)c->index_head_dim;
+#define TAKE(field, count) b->field = take(p, (uint64_t)(count) * sizeof *b->field)
+    TAKE(ids, n);
+    TAKE(positions, n);
+    TAKE(piece_of, n);
+    TAKE(tok, DSV4_LOGIT_ROWS);
+    TAKE(pieces, n);
+    TAKE(states, n * (size_t)c->num_hidden_layers);
+    TAKE(bad, 1);
+    TAKE(streams, n * hc * d);
+    TAKE(u, n * d);
+    TAKE(u_quant, n * d);
+    TAKE(u_plain, n * d);
+    TAKE(y, n * d);
+    TAKE(dots, n * mixes);
+    TAKE(post, n * hc);
+    TAKE(comb, n * hc * hc);
+    TAKE(cos_main, n * pairs);
+    TAKE(sin_main, n * pairs);
+    TAKE(cos_comp, n * pairs);
+    TAKE(sin_comp, n * pairs);
+    TAKE(qa, n * ql);
+    TAKE(qr_quant, n * ql);
+    TAKE(kv_raw, n * dim);
+    TAKE(q, n * heads);
+    TAKE(o, n * heads);
+    TAKE(z, n * low);
+    TAKE(z_quant, n * low);
+    TAKE(kv_rows, n * m->kv_row);
+    TAKE(index_q_rows, n * iq * m->index_row);
+    TAKE(comp_k, n * 2 * dim);
+    TAKE(comp_gate, n * 2 * dim);
+    TAKE(icomp_k, n * 2 * idim);
+    TAKE(icomp_gate, n * 2 * idim);
+    TAKE(index_q, n * iq * idim);
+    TAKE(index_w, n * iq);
+    TAKE(selected, n * (size_t)c->index_topk);
+    TAKE(n_selected, n);
+    TAKE(n_key, n);
+    TAKE(router_logits, n * n_exp);
+    TAKE(router_scores, n * n_exp);
+    TAKE(expert_weights, n * top_k);
+    TAKE(row_weight, rows);
+    TAKE(expert_ids, n * top_k);
+    TAKE(group_first, n_exp + 2);
+    TAKE(row_tok, rows);
+    TAKE(tok_rows, rows);
+    TAKE(n_tile, 1);
+    TAKE(tiles, rows); /* never more tiles than rows */
+    TAKE(gate_out, rows * width);
+    TAKE(up_out, rows * width);
+    TAKE(expert_out, rows * d);
+    TAKE(hidden, DSV4_LOGIT_ROWS * d);
+    TAKE(hidden_plain, DSV4_LOGIT_ROWS * d);
+    TAKE(head_dots, DSV4_LOGIT_ROWS * hc);
+    TAKE(logits, DSV4_LOGIT_ROWS * (size_t)c->vocab_size);
+#undef TAKE
+}
+
+/* --------------------------------------------------------------------------------------------------- create and destroy */
+
+static size_t count(struct dsv4_device *d, void (*lay)(struct placing *)) {
+    dsv4_error ignored;
+    struct placing p = {.d = d, .err = &ignored};
+    lay(&p);
+    return p.used;
+}
+
+static dsv4_status fill(struct dsv4_device *d, uint8_t **base, size_t bytes, void (*lay)(struct placing *),
+                        const char *doing, dsv4_error *err) {
+    void *memory;
+    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), doing, err));
+    *base = memory;
+    struct placing p = {.d = d, .base = *base, .err = err};
+    lay(&p);
+    return p.status;
+}
+
+static dsv4_status build(struct dsv4_device *d, const struct dsv4_cuda_paths *paths, uint64_t most, dsv4_error *err) {
+    const dsv4_model *m = d->model;
+    size_t n_layer = (size_t)m->config.num_hidden_layers, chunk = (size_t)m->options.chunk_tok;
+    uint64_t free_bytes = 0;
+    DSV4_TRY(check_experts(m, err));
+    DSV4_TRY(dsv4_cuda_load(&d->plugin, paths, err));
+    const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
+    DSV4_TRY(dsv4_cuda_prepare(d->plugin, 0, err));
+    DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
+    DSV4_TRY(dsv4_arena_take(m->arena, &d->states, n_layer * chunk, sizeof *d->states, err));
+    DSV4_TRY(dsv4_arena_take(m->arena, &d->pieces, chunk, sizeof *d->pieces, err));
+    size_t weights = count(d, all_weights), buffers = count(d, all_buffers);
+    DSV4_TRY(dsv4_cuda_status(d->plugin, rt->free_bytes(&free_bytes), "free memory of the device", err));
+    uint64_t room = most && most < free_bytes ? most : free_bytes;
+    if (weights + buffers > room)
+        return dsv4_fail(err, DSV4_E_MEMORY, "GPU memory: needed %.2f GiB for weights and %.2f GiB for a pass, %s %.2f GiB; "
+                         "use device='cpu', or a GPU with more memory", (double)weights / (1 << 30),
+                         (double)buffers / (1 << 30), room < free_bytes ? "allowed" : "free", (double)room / (1 << 30));
+    DSV4_TRY(dsv4_device_status(d, rt->stream_create(&d->stream), "a stream", err));
+    DSV4_TRY(fill(d, &d->workspace, buffers, all_buffers, "memory for a pass", err));
+    DSV4_TRY(fill(d, &d->weights, weights, all_weights, "memory for weights", err));
+    return dsv4_device_status(d, rt->synchronize(d->stream), "copying weights", err);
+}
+
+dsv4_status dsv4_device_create(struct dsv4_device **out, const dsv4_model *m, const struct dsv4_cuda_paths *paths,
+                               uint64_t most_bytes, dsv4_error *err) {
+    struct dsv4_device *d = calloc(1, sizeof *d);
+    if (!d)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a device");
+    d->model = m;
+    dsv4_status status = build(d, paths, most_bytes, err);
+    if (status != DSV4_OK) {
+        dsv4_device_destroy(d);
+        return status;
+    }
+    *out = d;
+    return DSV4_OK;
+}
+
+void dsv4_device_destroy(struct dsv4_device *d) {
+    if (!d)
+        return;
+    if (d->plugin) { /* errors of a device that is lost are of no interest any more */
+        const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
+        if (d->stream)
+            rt->synchronize(d->stream);
+        rt->release(d->weights);
+        rt->release(d->workspace);
+        rt->release(d->scratch);
+        if (d->stream)
+            rt->stream_destroy(d->stream);
+    }
+    free(d);
+}

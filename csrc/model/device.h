@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A model on a CUDA device: its weights copied there, the buffers of a pass, and mirrors of sessions' states.  The host's
+ * weights stay mapped and the host's session state stays the one that counts: after each pass what it wrote comes back,
+ * so forks, rewinds, saved sessions and failed steps work as without a device.  Passes that somebody looks into (model/
+ * sites.h) or changes (model/edit.h), layers and parts run alone, and the search for a bad layer are computed on the CPU:
+ * the bits are the same.
+ *
+ * Refuses what does not fit before anything is allocated; what fails half-way is given back.
+ */
+#ifndef DSV4_DEVICE_H
+#define DSV4_DEVICE_H
+
+#include "backend/cuda.h"
+#include "model/pass.h"
+
+/* One layer, every pointer of the device; for the experts launch also the weights of all experts, [E + 1] each. */
+struct dsv4_device_layer {
+    struct dsv4_layer l;             /* l.experts stays NULL */
+    const struct dsv4_weight *w1, *w3, *w2;
+    int32_t quant_down, quant_shared; /* whether w2's input is rounded to FP8, of routed experts and the shared one */
+};
+
+/* Buffers of a pass on the device, N = chunk tokens, P = N (top_k + 1) rows; as in struct dsv4_workspace. */
+struct dsv4_device_buffers {
+    int32_t *ids, *positions, *piece_of, *tok;
+    struct dsv4_cuda_piece *pieces; /* [N] */
+    struct dsv4_cuda_state *states; /* [layers][N] */
+    int32_t *bad;                   /* [1] */
+    dsv4_bf16 *streams, *u, *u_quant, *u_plain, *y;
+    float *dots, *post, *comb;
+    float *cos_main, *sin_main, *cos_comp, *sin_comp;
+    dsv4_bf16 *qa, *qr_quant, *kv_raw, *q, *o, *z, *z_quant;
+    uint8_t *kv_rows, *index_q_rows;
+    float *comp_k, *comp_gate, *icomp_k, *icomp_gate;
+    dsv4_bf16 *index_q, *index_w;
+    int32_t *selected, *n_selected, *n_key;
+    float *router_logits, *router_scores, *expert_weights, *row_weight;
+    int32_t *expert_ids, *group_first, *row_tok, *tok_rows, *n_tile;
+    struct dsv4_cuda_tile *tiles;
+    dsv4_bf16 *gate_out, *up_out, *expert_out;
+    dsv4_bf16 *hidden, *hidden_plain;
+    float *head_dots, *logits;
+};
+
+struct dsv4_device {
+    const struct dsv4_cuda_plugin *plugin; /* borrowed, like the model */
+    const dsv4_model *model;
+    void *stream;                     /* owned, like the next three: memory of the device */
+    uint8_t *weights;
+    uint8_t *workspace;
+    uint8_t *scratch;                 /* what grows with the context: key lists, scores, parts of attention */
+    size_t scratch_bytes;
+    struct dsv4_device_layer *layers; /* owned by the model's arena */
+    struct dsv4_weight embed, head;
+    struct dsv4_hyper hc_head;
+    const float *norm, *freq_main, *freq_compressed;
+    struct dsv4_device_buffers b;
+    struct dsv4_cuda_state *states;   /* host: [layers][chunk], owned by the model's arena */
+    struct dsv4_cuda_piece *pieces;   /* host: [chunk] */
+    dsv4_error dead;                  /* code DSV4_OK, or why the device is lost: every later step fails with it */
+};
+
+/* Copies the weights.  DSV4_E_MEMORY with what is needed and what is free. */
+dsv4_status dsv4_device_create(struct dsv4_device **out, const dsv4_model *m, const struct dsv4_cuda_paths *paths,
+                               uint64_t most_bytes, dsv4_error *err);
+void dsv4_device_destroy(struct dsv4_device *d); /* NULL is legal */
+
+/* A code of the runtime or a launch, as a status; a fault of the device is remembered. */
+dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doing, dsv4_error *err);
+
+/* device_pass.c: embedding and layers; logits of n <= DSV4_LOGIT_ROWS tokens to the workspace.  By one thread. */
+dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err);
+dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err);
+
+/* -------------------------------------------------------------------------------------- device_kv.c: state of sessions */
+
+/* A session's state on the device, as it is at `position`; rows of a layer in blocks of DSV4_CUDA_BLOCK_ROWS. */
+struct dsv4_mirror {
+    struct dsv4_device *device; /* borrowed: the model outlives its sessions */
+    int32_t position;           /* -1: to be copied again */
+    int32_t capacity;           /* tokens there are blocks for */
+    uint8_t *fixed;             /* owned, of the device */
+    uint8_t **slabs;            /* owned [n_slab], of the device: blocks */
+    int32_t n_slab;
+    uint8_t **tables;           /* host, owned: of each layer, pointers to the blocks of compressed, then of index rows */
+    uint8_t **device_tables;    /* owned, of the device: the same */
+    size_t *at;                 /* host, owned [layers][2]: where a layer's pointers begin in the tables */
+};
+
+/* Makes the mirror of a piece's session what its host state is, with room for the piece's tokens. */
+dsv4_status dsv4_mirror_ready(struct dsv4_device *d, const struct dsv4_pass *p, const struct dsv4_piece *piece,
+                              dsv4_error *err);
+/* One layer's pointers. */
+void dsv4_mirror_state(const struct dsv4_mirror *k, int32_t layer, struct dsv4_cuda_state *out);
+/* What the pass wrote for this piece into the host's state; complete after the next synchronize. */
+dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_pass *p, const struct dsv4_piece *piece,
+                              dsv4_error *err);
+#endif

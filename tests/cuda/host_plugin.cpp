@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The plugin with its real kernels, executed on the CPU (host.h), over a device of malloc: so that the engine's pass on
+// the device runs whole where there is none.  New memory holds NaN; what is downloaded arrives at synchronize, not
+// before; HOST_FAIL="allocate:3:2" lets the third allocate fail with error 2; HOST_BYTES limits the memory.
+#include <map>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+#include "cuda/plugin.h"
+
+namespace {
+
+struct arrival {
+    void *to;
+    std::vector<char> bytes;
+};
+
+std::map<void *, uint64_t> blocks;
+std::vector<arrival> arrivals;
+std::map<const char *, int> calls;
+int streams;
+
+// The error this call is to give; a count per name since HOST_FAIL was last changed.
+int fails(const char *name) {
+    static char *seen;
+    const char *text = getenv("HOST_FAIL");
+    char wanted[32];
+    int nth, code;
+    if (!text)
+        text = "";
+    if (!seen || strcmp(seen, text)) {
+        free(seen);
+        seen = strdup(text);
+        calls.clear();
+    }
+    if (sscanf(text, "%31[^:]:%d:%d", wanted, &nth, &code) != 3 || strcmp(wanted, name))
+        return 0;
+    return ++calls[name] == nth ? code : 0;
+}
+
+uint64_t used() {
+    uint64_t sum = 0;
+    for (auto &block : blocks)
+        sum += block.second;
+    return sum;
+}
+
+uint64_t total() {
+    const char *text = getenv("HOST_BYTES");
+    return text ? strtoull(text, nullptr, 10) : (uint64_t)1 << 30;
+}
+
+// Whether [p, p + bytes) lies in one block of the device.
+bool inside(const void *p, uint64_t bytes) {
+    auto next = blocks.upper_bound((void *)p);
+    if (next == blocks.begin())
+        return false;
+    --next;
+    return (const char *)p + bytes <= (const char *)next->first + next->second;
+}
+
+int device_count(int32_t *n) {
+    *n = 1;
+    return fails("device_count");
+}
+
+int properties(struct dsv4_cuda_properties *out, int32_t) {
+    *out = {};
+    strcpy(out->name, "kernels executed on the host");
+    out->major = 9;
+    out->multiprocessors = 1;
+    out->total_bytes = total();
+    return fails("properties");
+}
+
+int prepare(int32_t) {
+    return fails("prepare");
+}
+
+int free_bytes(uint64_t *out) {
+    *out = total() - used();
+    return fails("free_bytes");
+}
+
+int allocate(void **out, uint64_t bytes) {
+    *out = nullptr;
+    if (int code = fails("allocate"))
+        return code;
+    if (!bytes || bytes > total() - used())
+        return 2;
+    *out = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memset(*out, 0xff, bytes);
+    blocks[*out] = bytes;
+    return 0;
+}
+
+int release(void *p) {
+    if (p && !blocks.erase(p))
+        return 1;
+    free(p);
+    return 0;
+}
+
+int stream_create(void **out) {
+    *out = nullptr;
+    if (int code = fails("stream_create"))
+        return code;
+    *out = malloc(1);
+    streams++;
+    return 0;
+}
+
+int stream_destroy(void *stream) {
+    free(stream);
+    streams--;
+    return 0;
+}
+
+int synchronize(void *) {
+    for (auto &a : arrivals)
+        memcpy(a.to, a.bytes.data(), a.bytes.size());
+    arrivals.clear();
+    return fails("synchronize");
+}
+
+int upload(void *to, const void *from, uint64_t bytes, void *) {
+    if (bytes && !inside(to, bytes))
+        return 1;
+    memcpy(to, from, bytes);
+    return fails("upload");
+}
+
+int download(void *to, const void *from, uint64_t bytes, void *) {
+    if (bytes && !inside(from, bytes))
+        return 1;
+    arrivals.push_back({to, std::vector<char>((const char *)from, (const char *)from + bytes)});
+    return fails("download");
+}
+
+const char *error_name(int) {
+    return "cudaErrorOfTheTest";
+}
+
+const char *error_text(int) {
+    return "as the test wants it";
+}
+
+#define X(op)                                                                                                          \
+    int op(const struct dsv4_cuda_##op##_args *a, void *stream) {                                                      \
+        int code = fails(#op);                                                                                         \
+        return code ? code : dsv4_cuda_##op(a, stream);                                                                \
+    }
+DSV4_CUDA_LAUNCHES(X)
+#undef X
+
+} // namespace
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+// Bytes and streams that are not given back.
+EXPORTED uint64_t host_live(void) {
+    return used() + (uint64_t)streams;
+}
+
+EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
+    static const struct dsv4_cuda_plugin plugin = {
+        DSV4_CUDA_ABI,
+        sizeof(struct dsv4_cuda_plugin),
+        13000,
+        "the host",
+        {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
+         upload, download, error_name, error_text},
+        {
+#define X(op) op,
+            DSV4_CUDA_LAUNCHES(X)
+#undef X
+        },
+    };
+    return &plugin;
+}
+}
