@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* build.py writes the table of families. */
@@ -42,6 +43,18 @@ void check_true(int condition, const char *format, ...) {
     fprintf(stderr, " (--only %s --seed %llu)\n", family, (unsigned long long)seed);
     va_end(args);
     exit(1);
+}
+
+void check_write(const char *folder, const char *name, const char *text) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    for (char *slash = path + 1; (slash = strchr(slash, '/')); slash++) {
+        *slash = 0;
+        mkdir(path, 0700);
+        *slash = '/';
+    }
+    FILE *f = fopen(path, "w");
+    check_true(f && fputs(text, f) >= 0 && fclose(f) == 0, "writing %s", path);
 }
 
 void *check_aligned(size_t bytes, size_t align) {

@@ -56,6 +56,9 @@ void check_equal_f32(const char *what, const struct dsv4_variant *v, const float
 void check_equal_bf16(const char *what, const struct dsv4_variant *v, const dsv4_bf16 *got,
                       const dsv4_bf16 *want, size_t n);
 
+/* Writes a file below a folder, with the folders it lies in. */
+void check_write(const char *folder, const char *name, const char *text);
+
 /* Ends the program with a message unless the condition holds. */
 void check_true(int condition, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -497,18 +496,6 @@ static void check_shrunk(const struct file *f, const int32_t *ids) {
     dsv4_model_destroy(m);
 }
 
-static void write_text(const char *folder, const char *name, const char *text) {
-    char path[256];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    for (char *slash = path + 1; (slash = strchr(slash, '/')); slash++) {
-        *slash = 0;
-        mkdir(path, 0700);
-        *slash = '/';
-    }
-    FILE *f = fopen(path, "w");
-    check_true(f && fputs(text, f) >= 0 && fclose(f) == 0, "writing %s", path);
-}
-
 /*
  * A machine that says every other processor is on another memory node: weights are copied and cut by node (on a machine
  * with one processor they are not), and the bits are the same.
@@ -516,10 +503,10 @@ static void write_text(const char *folder, const char *name, const char *text) {
 static void check_nodes(const struct file *f, const int32_t *ids, const float *want, float *got) {
     char folder[] = "/tmp/dsv4-check-XXXXXX", command[64];
     check_true(mkdtemp(folder) != NULL, "temporary folder");
-    write_text(folder, "sys/devices/system/node/online", "0-2\n");
-    write_text(folder, "sys/devices/system/node/node0/cpulist", "0,3,6,9,12,15-1000\n");
-    write_text(folder, "sys/devices/system/node/node1/cpulist", "1,4,7,10,13\n");
-    write_text(folder, "sys/devices/system/node/node2/cpulist", "2,5,8,11,14\n");
+    check_write(folder, "sys/devices/system/node/online", "0-2\n");
+    check_write(folder, "sys/devices/system/node/node0/cpulist", "0,3,6,9,12,15-1000\n");
+    check_write(folder, "sys/devices/system/node/node1/cpulist", "1,4,7,10,13\n");
+    check_write(folder, "sys/devices/system/node/node2/cpulist", "2,5,8,11,14\n");
     for (int threads = 1; threads <= 5; threads++) {
         struct dsv4_options options = {.n_thread = threads, .use_mmap = threads != 3, .copy_to_nodes = threads != 4,
                                        .root = folder};

@@ -3,7 +3,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include "backend/parallel.h"
 #include "backend/topology.h"
@@ -14,15 +13,7 @@ void check_topology(void);
 static char folder[32];
 
 static void put(const char *name, const char *text) {
-    char path[256];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    for (char *slash = path + 1; (slash = strchr(slash, '/')); slash++) {
-        *slash = 0;
-        mkdir(path, 0700);
-        *slash = '/';
-    }
-    FILE *f = fopen(path, "w");
-    check_true(f && fputs(text, f) >= 0 && fclose(f) == 0, "writing %s", path);
+    check_write(folder, name, text);
 }
 
 static void put_siblings(int cpu, const char *name, const char *list) {
