@@ -25,6 +25,8 @@ from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 MAX_THREADS = 4096
+CHECK_PROMPT = tuple(range(5, 18))  # of a device: windows of 4 close in it
+_checked: set[str] = set()  # plugins whose device gave the CPU's bits
 NUMERICS = {"official": 0, "weights": 1}
 # safetensors dtype -> enum dsv4_dtype of csrc/dsv4.h
 DTYPES = {"I64": 0, "I32": 1, "F32": 2, "F16": 3, "BF16": 4, "F8_E4M3": 5, "F8_E8M0": 6, "F4": 7}
@@ -226,15 +228,45 @@ def _on_device(
 ) -> _core.Model:
     """The engine on the device chosen; where that was left open, on the CPU if the GPU refuses."""
     try:
-        if options["use_cuda"] and options["expert_bytes"]:
-            raise MemoryError("CUDA: routed experts from disk run on the CPU alone; use "
-                              "device='cpu', or more memory")
+        if options["use_cuda"]:
+            if options["expert_bytes"]:
+                raise MemoryError("CUDA: routed experts from disk run on the CPU alone; use "
+                                  "device='cpu', or more memory")
+            _check_device(options)
         return engine(checkpoint, options, progress)
     except (BackendUnavailable, DeviceError, MemoryError) as error:
         if device != "auto" or not options["use_cuda"]:
             raise
         options |= {"use_cuda": 0, "why_cpu": str(error)}
         return engine(checkpoint, options, progress)
+
+
+def _check_device(options: dict[str, Any]) -> None:
+    """DeviceError unless the device gives the CPU's bits for the model inside the package.
+
+    A prompt and a token behind it, which go through kernels of every kind; once in a process.
+    """
+    plugin = options["cuda_plugin"]
+    if plugin in _checked:
+        return
+    given = []
+    with Checkpoint.open(DEFAULT_MODEL) as small:
+        for use_cuda in (0, 1):
+            core = engine(small, options | {"use_cuda": use_cuda, "expert_bytes": 0})
+            try:
+                session = _core.Session(core, 0)
+                for ids in CHECK_PROMPT, CHECK_PROMPT[:1]:
+                    ((logits, _),) = core.step([(session, np.array(ids, np.int32), 1, None)], None)
+                    assert logits is not None
+                    given.append(logits.tobytes())
+                session.close()
+            finally:
+                core.close()
+    if given[:2] != given[2:]:
+        raise DeviceError(
+            "CUDA: this device gives other numbers than the CPU for the model inside the package, "
+            "where every bit should be the same; use device='cpu', and please report it")
+    _checked.add(plugin)
 
 
 def engine(

@@ -2,7 +2,8 @@
 //
 // The plugin with its real kernels, executed on the CPU (host.h), over a device of malloc: so that the engine's pass on
 // the device runs whole where there is none.  New memory holds NaN; what is downloaded arrives at synchronize, not
-// before; HOST_FAIL="allocate:3:2" lets the third allocate fail with error 2; HOST_BYTES limits the memory.
+// before; HOST_FAIL="allocate:3:2" lets the third allocate fail with error 2, "flip:5:1" the fifth
+// upload arrive with another bit; HOST_BYTES limits the memory.
 #include <map>
 #include <stdio.h>
 #include <stdlib.h>
@@ -130,6 +131,8 @@ int upload(void *to, const void *from, uint64_t bytes, void *) {
     if (bytes && !inside(to, bytes))
         return 1;
     memcpy(to, from, bytes);
+    if (fails("flip"))
+        *(char *)to ^= 0x10;
     return fails("upload");
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dsv4
-from dsv4 import devices
+from dsv4 import devices, loading
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 IDS = np.random.default_rng(7).integers(0, 256, 400)
@@ -88,6 +88,21 @@ def test_other_formats(name: str, nano: Callable[[str], Path]) -> None:
         a, b = one.session(), other.session()
         assert same(a.append(IDS[:4], logits="all"), b.append(IDS[:4], logits="all"))
         assert same(a.append(IDS[4:5]), b.append(IDS[4:5])) and same_state(a, b)
+
+
+def test_a_device_with_other_bits(
+    live: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One wrong bit in a weight: refused before any model is loaded, or the CPU instead."""
+    held = live()
+    monkeypatch.setattr(loading, "_checked", set())
+    monkeypatch.setenv("HOST_FAIL", "flip:20:1")
+    with pytest.raises(dsv4.DeviceError, match="other numbers than the CPU"):
+        dsv4.load(device="cuda")
+    monkeypatch.setenv("HOST_FAIL", "flip:25:1")
+    with dsv4.load(device="auto") as model:
+        assert model.device == "cpu" and "other numbers than the CPU" in repr(model)
+    assert live() == held
 
 
 @pytest.mark.parametrize(("call", "code", "error"), [
