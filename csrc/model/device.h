@@ -69,7 +69,7 @@ void dsv4_device_destroy(struct dsv4_device *d); /* NULL is legal */
 /* A code of the runtime or a launch, as a status; a fault of the device is remembered. */
 dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doing, dsv4_error *err);
 
-/* device_pass.c: embedding and layers; logits of n <= DSV4_LOGIT_ROWS tokens to the workspace.  By one thread. */
+/* device_pass.c, device_layer.c: embedding and layers; logits of n <= DSV4_LOGIT_ROWS tokens to the workspace.  By one thread. */
 dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err);
 dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err);
 

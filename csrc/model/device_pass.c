@@ -1,309 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A pass on the device: the sequence of launches, the same phases as forward.c, hyper.c, attention.c, indexer.c, moe.c
- * and head.c.  One thread enqueues everything on one stream and waits once, at the end.
+ * A pass on the device: what goes there, the launches of forward.c and head.c, what comes back.  One thread enqueues
+ * everything on one stream and waits once, at the end.
  */
 #include <limits.h>
 
-#include "model/device.h"
+#include "model/device_run.h"
 
-/* Key lists, scores and parts of attention take room per token and entry: tokens are taken in turns that fit into this,
- * one at a time if need be. */
-enum { SCRATCH_BYTES = 256 << 20 };
+typedef struct dsv4_device_run run;
 
-/* What every phase needs. */
-struct run {
-    struct dsv4_device *d;
-    const struct dsv4_pass *p;
-    struct dsv4_cuda_pass pass; /* pointers of the device; states of the layer at work */
-    int32_t n;
-    dsv4_error *err;
-};
-
-#define LAUNCH(r, op, ...)                                                                                             \
-    DSV4_TRY(dsv4_device_status((r)->d, (r)->d->plugin->launches.op(&(struct dsv4_cuda_##op##_args){__VA_ARGS__},        \
-                                                                  (r)->d->stream), #op, (r)->err))
-
-static const struct dsv4_config *config_of(const struct run *r) {
+static const struct dsv4_config *config_of(const run *r) {
     return &r->d->model->config;
 }
 
-static struct dsv4_cuda_linear_job linear(const struct dsv4_weight *w, const dsv4_bf16 *x, void *out, ptrdiff_t ld_x,
-                                          ptrdiff_t ld_out, int out_f32) {
-    return (struct dsv4_cuda_linear_job){.w = *w, .x = x, .out = out, .ld_x = ld_x, .ld_out = ld_out, .out_f32 = out_f32};
-}
-
-static const dsv4_bf16 *input_of(const struct run *r, const struct dsv4_weight *w) {
-    return dsv4_rounds_input(r->d->model, w) ? r->d->b.u_quant : r->d->b.u_plain;
-}
-
-/* ------------------------------------------------------------------------------------------- streams around a sublayer */
-
-static dsv4_status collapse(const struct run *r, const struct dsv4_hyper *h, const float *norm) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    int32_t mixes = (2 + c->hc_mult) * c->hc_mult;
-    int official = r->d->model->options.numerics == DSV4_OFFICIAL;
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n,
-           .jobs = {linear(&h->fn, b->streams, b->dots, (ptrdiff_t)c->hc_mult * c->hidden_size, mixes, 1)});
-    LAUNCH(r, collapse, .x = b->u, .quant = official ? b->u_quant : NULL, .plain = b->u_plain, .post = b->post,
-           .comb = b->comb, .streams = b->streams, .dots = b->dots, .scale = h->scale, .base = h->base, .norm = norm,
-           .n_tok = r->n, .hc = c->hc_mult, .d_model = c->hidden_size, .sinkhorn_iters = c->hc_sinkhorn_iters,
-           .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps, .rms_eps = c->rms_norm_eps);
-    return DSV4_OK;
-}
-
-static dsv4_status spread(const struct run *r) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    LAUNCH(r, spread, .out = b->streams, .y = b->y, .streams = b->streams, .post = b->post, .comb = b->comb, .n_tok = r->n,
-           .hc = c->hc_mult, .d_model = c->hidden_size);
-    return DSV4_OK;
-}
-
-/* ----------------------------------------------------------------------------------------------------------- attention */
-
-static dsv4_status project_input(const struct run *r, const struct dsv4_layer *l, int scored) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    ptrdiff_t d = c->hidden_size;
-    struct dsv4_cuda_linear_args a = {.n_tok = r->n};
-    a.jobs[a.n_job++] = linear(&l->wq_a, input_of(r, &l->wq_a), b->qa, d, c->q_lora_rank, 0);
-    a.jobs[a.n_job++] = linear(&l->wkv, input_of(r, &l->wkv), b->kv_raw, d, c->head_dim, 0);
-    if (l->kind != DSV4_SWA) {
-        const struct dsv4_compressor *m = &l->compressor;
-        a.jobs[a.n_job++] = linear(&m->wkv, b->u_plain, b->comp_k, d, m->wkv.rows, 1);
-        a.jobs[a.n_job++] = linear(&m->wgate, b->u_plain, b->comp_gate, d, m->wgate.rows, 1);
-    }
-    if (l->kind == DSV4_CSA) {
-        const struct dsv4_compressor *i = &l->index_compressor;
-        a.jobs[a.n_job++] = linear(&i->wkv, b->u_plain, b->icomp_k, d, i->wkv.rows, 1);
-        a.jobs[a.n_job++] = linear(&i->wgate, b->u_plain, b->icomp_gate, d, i->wgate.rows, 1);
-    }
-    if (scored)
-        a.jobs[a.n_job++] = linear(&l->weights_proj, b->u_plain, b->index_w, d, c->index_n_heads, 0);
-    return dsv4_device_status(r->d, r->d->plugin->launches.linear(&a, r->d->stream), "linear", r->err);
-}
-
-/* Windows that end in this pass, of one compressor, at most. */
-static int32_t most_windows(const struct run *r, int32_t ratio) {
-    int32_t n = 0;
-    for (int32_t i = 0; i < r->p->n_piece; i++)
-        n += r->p->pieces[i].n / ratio + 1;
-    return n;
-}
-
-static dsv4_status close_windows(const struct run *r, const struct dsv4_layer *l, int32_t layer, int index) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    const struct dsv4_compressor *m = index ? &l->index_compressor : &l->compressor;
-    LAUNCH(r, windows, .pass = r->pass, .new_k = index ? b->icomp_k : b->comp_k,
-           .new_gate = index ? b->icomp_gate : b->comp_gate, .ape = m->ape, .norm = m->norm, .freq = r->d->freq_compressed,
-           .ratio = m->ratio, .overlap = m->overlap, .dim = m->dim, .d_rope = c->qk_rope_head_dim,
-           .slots = r->d->model->state[layer].rows, .index = index, .max_window = most_windows(r, m->ratio),
-           .format = r->d->model->kv_format, .eps = c->rms_norm_eps);
-    return DSV4_OK;
-}
-
-static dsv4_status norm_and_store(const struct run *r, const struct dsv4_layer *l, int32_t layer, const float *cos,
-                                  const float *sin) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    LAUNCH(r, norm_kv, .qr_operand = b->qr_quant, .kv_rows = b->kv_rows, .qa = b->qa, .kv = b->kv_raw, .q_norm = l->q_norm,
-           .kv_norm = l->kv_norm, .cos = cos, .sin = sin, .n_tok = r->n, .q_lora = c->q_lora_rank, .d_head = c->head_dim,
-           .d_rope = c->qk_rope_head_dim, .quant = dsv4_rounds_input(r->d->model, &l->wq_b),
-           .format = r->d->model->kv_format, .eps = c->rms_norm_eps);
-    if (l->kind != DSV4_SWA)
-        DSV4_TRY(close_windows(r, l, layer, 0));
-    if (l->kind == DSV4_CSA)
-        DSV4_TRY(close_windows(r, l, layer, 1));
-    return DSV4_OK;
-}
-
-static dsv4_status make_queries(const struct run *r, const struct dsv4_layer *l, int scored, const float *cos,
-                                const float *sin) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    int32_t heads = c->num_attention_heads, pairs = c->qk_rope_head_dim / 2, iq = c->index_n_heads, id = c->index_head_dim;
-    struct dsv4_cuda_linear_args a = {.n_tok = r->n};
-    a.jobs[a.n_job++] = linear(&l->wq_b, b->qr_quant, b->q, c->q_lora_rank, (ptrdiff_t)heads * c->head_dim, 0);
-    if (scored)
-        a.jobs[a.n_job++] = linear(&l->index_wq_b, b->qr_quant, b->index_q, c->q_lora_rank, (ptrdiff_t)iq * id, 0);
-    DSV4_TRY(dsv4_device_status(r->d, r->d->plugin->launches.linear(&a, r->d->stream), "linear", r->err));
-    LAUNCH(r, headnorm, .x = b->q, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = c->head_dim, .per_tok = heads,
-           .n_pair = pairs, .eps = c->rms_norm_eps);
-    if (scored)
-        LAUNCH(r, index, .rows = b->index_q_rows, .x = b->index_q, .cos = cos, .sin = sin, .n_row = r->n * iq, .n = id,
-               .per_tok = iq, .n_pair = pairs, .hadamard = 1);
-    return DSV4_OK;
-}
-
-/* The tokens from t on, as a pass of their own: pieces still count in the whole pass. */
-static struct dsv4_cuda_pass from_token(const struct run *r, int32_t t, int32_t n) {
-    struct dsv4_cuda_pass pass = r->pass;
-    pass.piece_of += t;
-    pass.positions += t;
-    pass.n_tok = n;
-    return pass;
-}
-
-static int32_t longest(const struct run *r) {
-    int32_t end = 0;
-    for (int32_t i = 0; i < r->p->n_piece; i++) {
-        int32_t last = r->p->pieces[i].position + r->p->pieces[i].n;
-        end = last > end ? last : end;
-    }
-    return end;
-}
-
-/* Scratch for as many of the pass's tokens as fit, at `per_tok` bytes each; *n of them. */
-static dsv4_status scratch(const struct run *r, size_t per_tok, int32_t *n) {
-    struct dsv4_device *d = r->d;
-    size_t most = SCRATCH_BYTES / per_tok, bytes;
-    *n = most < 1 ? 1 : most < (size_t)r->n ? (int32_t)most : r->n;
-    bytes = per_tok * (size_t)*n;
-    if (bytes <= d->scratch_bytes)
-        return DSV4_OK;
-    void *memory;
-    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), "memory for attention", r->err));
-    d->plugin->runtime.release(d->scratch);
-    d->scratch = memory;
-    d->scratch_bytes = bytes;
-    return DSV4_OK;
-}
-
-/* CSA: the entries each token attends to; without scores all it sees. */
-static dsv4_status choose_entries(const struct run *r, const struct dsv4_layer *l, int32_t layer, int scored) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    int32_t ratio = l->compressor.ratio, iq = c->index_n_heads, entries = longest(r) / ratio, n;
-    entries = (entries + 64) / 64 * 64;
-    DSV4_TRY(scratch(r, sizeof(float) * (size_t)entries, &n));
-    float *scores = (float *)(void *)r->d->scratch;
-    for (int32_t t = 0; t < r->n; t += n) {
-        n = n < r->n - t ? n : r->n - t;
-        if (scored)
-            LAUNCH(r, scores, .pass = from_token(r, t, n), .scores = scores,
-                   .q = b->index_q_rows + (size_t)t * (size_t)iq * r->d->model->index_row,
-                   .head_w = b->index_w + (ptrdiff_t)t * iq, .bad = b->bad, .w_scale = r->d->model->index_w_scale,
-                   .n_head = iq, .d_index = c->index_head_dim, .ratio = ratio, .top_k = c->index_topk,
-                   .max_entry = entries, .layer = layer);
-        LAUNCH(r, top_k, .ids = b->selected + (ptrdiff_t)t * c->index_topk, .n_id = b->n_selected + t, .scores = scores,
-               .positions = b->positions + t, .n_tok = n, .k = c->index_topk, .ratio = ratio, .max_entry = entries);
-    }
-    return DSV4_OK;
-}
-
-static dsv4_status attend(const struct run *r, const struct dsv4_layer *l, const float *cos, const float *sin) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    int32_t heads = c->num_attention_heads, hd = c->head_dim, pairs = c->qk_rope_head_dim / 2, n;
-    int32_t most = l->kind == DSV4_SWA ? 0 : l->kind == DSV4_CSA ? c->index_topk : longest(r) / l->compressor.ratio;
-    int32_t max_key = (c->sliding_window + most + 63) / 64 * 64;
-    size_t keys_bytes = sizeof(void *) * (size_t)max_key;
-    DSV4_TRY(scratch(r, keys_bytes + DSV4_CUDA_ATTENTION_SCRATCH(1, heads, max_key) + 16, &n));
-    for (int32_t t = 0; t < r->n; t += n) {
-        n = n < r->n - t ? n : r->n - t;
-        const uint8_t **keys = (const uint8_t **)(void *)r->d->scratch;
-        ptrdiff_t first = (ptrdiff_t)t * heads * hd;
-        LAUNCH(r, keys, .pass = from_token(r, t, n), .keys = keys, .n_key = b->n_key + t, .new_rows = b->kv_rows,
-               .selected = l->kind == DSV4_CSA ? b->selected + (ptrdiff_t)t * c->index_topk : NULL,
-               .n_selected = l->kind == DSV4_CSA ? b->n_selected + t : NULL, .top_k = c->index_topk,
-               .ratio = l->kind == DSV4_HCA ? l->compressor.ratio : 0, .window = c->sliding_window, .max_key = max_key,
-               .kv_row = r->d->model->kv_row);
-        LAUNCH(r, attention, .out = b->o + first, .q = b->q + first, .keys = keys, .n_key = b->n_key + t, .sink = l->sink,
-               .scratch = r->d->scratch + keys_bytes * (size_t)n, .n_tok = n, .n_head = heads, .d_head = hd,
-               .d_rope = c->qk_rope_head_dim, .max_key = max_key, .scale = r->d->model->softmax_scale,
-               .format = r->d->model->kv_format);
-    }
-    LAUNCH(r, rope, .x = b->o, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = hd, .per_tok = heads, .n_pair = pairs,
-           .inverse = 1, .flush = 1);
-    return DSV4_OK;
-}
-
-static dsv4_status keep_state(const struct run *r, const struct dsv4_layer *l, int32_t layer) {
-    const struct dsv4_device_buffers *b = &r->d->b;
-    int compressed = l->kind != DSV4_SWA, csa = l->kind == DSV4_CSA;
-    LAUNCH(r, keep, .pass = r->pass, .kv_rows = b->kv_rows, .k = compressed ? b->comp_k : NULL,
-           .gate = compressed ? b->comp_gate : NULL, .index_k = csa ? b->icomp_k : NULL,
-           .index_gate = csa ? b->icomp_gate : NULL, .window = config_of(r)->sliding_window,
-           .slots = r->d->model->state[layer].rows, .width = compressed ? l->compressor.wkv.rows : 0,
-           .index_width = csa ? l->index_compressor.wkv.rows : 0, .kv_row = r->d->model->kv_row);
-    return DSV4_OK;
-}
-
-static dsv4_status project_output(const struct run *r, const struct dsv4_layer *l) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    int32_t low = c->o_groups * c->o_lora_rank;
-    ptrdiff_t all = (ptrdiff_t)c->num_attention_heads * c->head_dim;
-    struct dsv4_cuda_linear_job wo_a = linear(&l->wo_a, b->o, b->z, all, low, 0);
-    wo_a.group_rows = c->o_lora_rank;
-    wo_a.group_x = (int32_t)(all / c->o_groups);
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {wo_a});
-    LAUNCH(r, act, .out = b->z_quant, .x = b->z, .n_row = r->n, .n = low,
-           .quant = dsv4_rounds_input(r->d->model, &l->wo_b));
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {linear(&l->wo_b, b->z_quant, b->y, low, c->hidden_size, 0)});
-    return DSV4_OK;
-}
-
-static dsv4_status attention(const struct run *r, const struct dsv4_layer *l, int32_t layer) {
-    const struct dsv4_device_buffers *b = &r->d->b;
-    const float *cos = l->kind == DSV4_SWA ? b->cos_main : b->cos_comp;
-    const float *sin = l->kind == DSV4_SWA ? b->sin_main : b->sin_comp;
-    int scored = l->kind == DSV4_CSA && dsv4_scores(r->p, layer);
-    DSV4_TRY(project_input(r, l, scored));
-    DSV4_TRY(norm_and_store(r, l, layer, cos, sin));
-    DSV4_TRY(make_queries(r, l, scored, cos, sin));
-    if (l->kind == DSV4_CSA)
-        DSV4_TRY(choose_entries(r, l, layer, scored));
-    DSV4_TRY(attend(r, l, cos, sin));
-    DSV4_TRY(keep_state(r, l, layer));
-    return project_output(r, l);
-}
-
-/* ----------------------------------------------------------------------------------------------------------------- MoE */
-
-static dsv4_status moe(const struct run *r, const struct dsv4_device_layer *dl) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    const struct dsv4_layer *l = &dl->l;
-    const dsv4_model *m = r->d->model;
-    int32_t n_exp = c->n_routed_experts, top_k = c->num_experts_per_tok, width = c->moe_intermediate_size;
-    int32_t d = c->hidden_size, rows = r->n * (top_k + 1), routed = r->n * top_k;
-    int32_t tile = r->n <= DSV4_CUDA_FEW_TILE ? DSV4_CUDA_FEW_TILE : DSV4_CUDA_MANY_TILE;
-    int32_t most = DSV4_CUDA_TILES(r->n, n_exp, top_k, tile);
-    const dsv4_bf16 *quant = m->options.numerics == DSV4_OFFICIAL ? b->u_quant : b->u_plain;
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {linear(&l->gate, b->u_plain, b->router_logits, d, n_exp, 1)});
-    LAUNCH(r, router, .ids = b->expert_ids, .weights = b->expert_weights, .scores = b->router_scores,
-           .logits = b->router_logits, .bias = l->gate_bias, .table = l->tid2eid, .tokens = b->ids, .n_tok = r->n,
-           .n_exp = n_exp, .top_k = top_k, .table_bytes = l->tid2eid_bytes, .route_scale = c->routed_scaling_factor);
-    LAUNCH(r, group, .group_first = b->group_first, .row_tok = b->row_tok, .row_weight = b->row_weight,
-           .tok_rows = b->tok_rows, .tiles = b->tiles, .n_tile = b->n_tile, .ids = b->expert_ids,
-           .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile);
-    LAUNCH(r, experts, .w = {dl->w1, dl->w3}, .out = {b->gate_out, b->up_out}, .x_quant = quant, .x_plain = b->u_plain,
-           .row_tok = b->row_tok, .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = width,
-           .cols = d, .n_tok = r->n);
-    LAUNCH(r, swiglu, .out = b->up_out, .g = b->gate_out, .u = b->up_out, .weights = b->row_weight, .n_row = rows,
-           .n = width, .first_shared = routed, .limit = c->swiglu_limit,
-           .shared_limit = m->options.april_shared ? dsv4_f32_from_bits(0x7f800000u) : c->swiglu_limit,
-           .quant = dl->quant_down, .shared_quant = dl->quant_shared);
-    LAUNCH(r, experts, .w = {dl->w2, NULL}, .out = {b->expert_out, NULL}, .x_quant = b->up_out, .x_plain = b->up_out,
-           .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = d, .cols = width,
-           .n_tok = r->n);
-    LAUNCH(r, expert_sum, .out = b->y, .rows = b->expert_out, .tok_rows = b->tok_rows, .n_tok = r->n, .per_tok = top_k + 1,
-           .n = d);
-    return DSV4_OK;
-}
-
-/* ------------------------------------------------------------------------------------------------------------ the pass */
-
-static dsv4_status upload(const struct run *r, void *to, const void *from, size_t bytes) {
+static dsv4_status upload(const run *r, void *to, const void *from, size_t bytes) {
     return dsv4_device_status(r->d, r->d->plugin->runtime.upload(to, from, bytes, r->d->stream), "input of a pass", r->err);
 }
 
 /* Sessions, token ids, positions and the pointers of every layer to the device. */
-static dsv4_status send_pass(struct run *r) {
+static dsv4_status send_pass(run *r) {
     struct dsv4_device *d = r->d;
     const struct dsv4_pass *p = r->p;
     const struct dsv4_device_buffers *b = &d->b;
@@ -328,7 +43,7 @@ static dsv4_status send_pass(struct run *r) {
     return DSV4_OK;
 }
 
-static dsv4_status enter(const struct run *r) {
+static dsv4_status enter(const run *r) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t pairs = c->qk_rope_head_dim / 2;
@@ -342,7 +57,7 @@ static dsv4_status enter(const struct run *r) {
 }
 
 /* What the host needs of the pass, and the end of all that was enqueued. */
-static dsv4_status finish(const struct run *r) {
+static dsv4_status finish(const run *r) {
     const struct dsv4_cuda_runtime *rt = &r->d->plugin->runtime;
     int32_t bad = INT_MAX;
     for (int32_t i = 0; i < r->p->n_piece; i++)
@@ -355,25 +70,16 @@ static dsv4_status finish(const struct run *r) {
     return DSV4_OK;
 }
 
-static dsv4_status layers(dsv4_worker *w, struct run *r) {
-    const struct dsv4_device *d = r->d;
+static dsv4_status layers(dsv4_worker *w, run *r) {
     DSV4_TRY(send_pass(r));
     DSV4_TRY(enter(r));
-    for (int32_t i = r->p->first_layer; i < r->p->end_layer && !dsv4_cancelled(w); i++) {
-        const struct dsv4_layer *l = &d->layers[i].l;
-        r->pass.states = d->b.states + (size_t)i * (size_t)r->p->n_piece;
-        DSV4_TRY(collapse(r, &l->hc_attn, l->attn_norm));
-        DSV4_TRY(attention(r, l, i));
-        DSV4_TRY(spread(r));
-        DSV4_TRY(collapse(r, &l->hc_ffn, l->ffn_norm));
-        DSV4_TRY(moe(r, &d->layers[i]));
-        DSV4_TRY(spread(r));
-    }
+    for (int32_t i = r->p->first_layer; i < r->p->end_layer && !dsv4_cancelled(w); i++)
+        DSV4_TRY(dsv4_device_layer(r, i));
     return finish(r);
 }
 
 dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err) {
-    struct run r = {.d = p->m->device, .p = p, .n = p->n_tok, .err = err};
+    run r = {.d = p->m->device, .p = p, .n = p->n_tok, .err = err};
     if (r.d->dead.code != DSV4_OK) {
         *err = r.d->dead;
         return err->code;
@@ -387,7 +93,7 @@ dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *
 }
 
 dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err) {
-    struct run r = {.d = p->m->device, .p = p, .n = n, .err = err};
+    run r = {.d = p->m->device, .p = p, .n = n, .err = err};
     const struct dsv4_config *c = &p->m->config;
     const struct dsv4_device_buffers *b = &r.d->b;
     const struct dsv4_hyper *h = &r.d->hc_head;
@@ -395,12 +101,12 @@ dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t 
     size_t bytes = (size_t)n * (size_t)c->vocab_size * sizeof(float);
     DSV4_TRY(upload(&r, b->tok, tok, (size_t)n * sizeof *tok));
     LAUNCH(&r, linear, .n_job = 1, .n_tok = n, .tok = b->tok,
-           .jobs = {linear(&h->fn, b->streams, b->head_dots, (ptrdiff_t)hc * d, hc, 1)});
+           .jobs = {dsv4_linear_job(&h->fn, b->streams, b->head_dots, (ptrdiff_t)hc * d, hc, 1)});
     LAUNCH(&r, collapse, .x = b->hidden, .plain = b->hidden_plain, .streams = b->streams, .tok = b->tok,
            .dots = b->head_dots, .scale = h->scale, .base = h->base, .norm = r.d->norm, .n_tok = n, .hc = hc, .d_model = d,
            .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps, .rms_eps = c->rms_norm_eps);
     LAUNCH(&r, linear, .n_job = 1, .n_tok = n,
-           .jobs = {linear(&r.d->head, b->hidden_plain, b->logits, d, c->vocab_size, 1)});
+           .jobs = {dsv4_linear_job(&r.d->head, b->hidden_plain, b->logits, d, c->vocab_size, 1)});
     DSV4_TRY(dsv4_device_status(r.d, r.d->plugin->runtime.download(p->ws->logits, b->logits, bytes, r.d->stream), "logits",
                                 err));
     return dsv4_device_status(r.d, r.d->plugin->runtime.synchronize(r.d->stream), "logits", err);
