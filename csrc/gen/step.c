@@ -150,7 +150,7 @@ static void begin_pass(dsv4_run *r) {
         return;
     if (r->model->cache)
         dsv4_experts_begin(p);
-    p->on_device = r->model->device && r->segments && !p->asked && !p->edited && !p->diagnose;
+    p->on_device = r->model->pipeline && r->segments && !p->asked && !p->edited && !p->diagnose;
     for (int32_t i = 0; r->segments && !p->on_device && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror); /* the host's state moves on alone */
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Weights and buffers of a model on a device: laid out in one block each, counted before anything is allocated. */
+/* Weights and buffers of a stage on its device: laid out in one block each, counted before anything is allocated. */
 #include "model/device.h"
 
 #include <stdlib.h>
@@ -10,13 +10,17 @@
 enum { ALIGN = 256 };
 
 static dsv4_status remember(struct dsv4_device *d, dsv4_status status, const dsv4_error *err) {
-    if (status == DSV4_E_DEVICE && d->dead.code == DSV4_OK)
-        d->dead = *err;
+    if (status == DSV4_E_DEVICE && d->pipeline->dead.code == DSV4_OK)
+        d->pipeline->dead = *err;
     return status;
 }
 
 dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doing, dsv4_error *err) {
     return code == 0 ? DSV4_OK : remember(d, dsv4_cuda_status(d->plugin, code, doing, err), err);
+}
+
+dsv4_status dsv4_device_prepare(struct dsv4_device *d, dsv4_error *err) {
+    return dsv4_device_status(d, d->plugin->runtime.prepare(d->number), "the device", err);
 }
 
 /* A block of the device that is filled from its start: first only counted (base NULL), then for real. */
@@ -131,30 +135,24 @@ static void all_weights(struct placing *p) {
     struct dsv4_device *d = p->d;
     const dsv4_model *m = d->model;
     const struct dsv4_config *c = &m->config;
-    d->embed = m->embed;
-    d->head = m->head;
-    d->hc_head = m->hc_head;
-    d->norm = m->norm;
     d->freq_main = m->freq_main;
     d->freq_compressed = m->freq_compressed;
-    weight(p, &d->embed);
-    weight(p, &d->head);
-    hyper(p, &d->hc_head, c->hc_mult, 1);
-    vector(p, &d->norm, c->hidden_size);
     vector(p, &d->freq_main, c->qk_rope_head_dim / 2);
     vector(p, &d->freq_compressed, c->qk_rope_head_dim / 2);
-    for (int32_t i = 0; i < c->num_hidden_layers && p->status == DSV4_OK; i++)
+    if (d->first_layer == 0) {
+        d->embed = m->embed;
+        weight(p, &d->embed);
+    }
+    if (d->end_layer == c->num_hidden_layers) {
+        d->head = m->head;
+        d->hc_head = m->hc_head;
+        d->norm = m->norm;
+        weight(p, &d->head);
+        hyper(p, &d->hc_head, c->hc_mult, 1);
+        vector(p, &d->norm, c->hidden_size);
+    }
+    for (int32_t i = d->first_layer; i < d->end_layer && p->status == DSV4_OK; i++)
         layer(p, &d->layers[i], &m->layers[i]);
-}
-
-/* The experts of a layer are computed by one launch, so the inputs of their second projections are rounded alike. */
-static dsv4_status check_experts(const dsv4_model *m, dsv4_error *err) {
-    for (int32_t i = 0; i < m->config.num_hidden_layers; i++)
-        for (int32_t e = 1; e < m->config.n_routed_experts; e++)
-            if (dsv4_rounds_input(m, &m->layers[i].experts[e].w2) != dsv4_rounds_input(m, &m->layers[i].experts[0].w2))
-                return dsv4_fail(err, DSV4_E_UNAVAILABLE, "CUDA: layer %d: experts 0 and %d have w2 of formats whose inputs "
-                                 "are rounded differently; use device='cpu'", i, e);
-    return DSV4_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------- buffers */
@@ -246,14 +244,11 @@ static dsv4_status fill(struct dsv4_device *d, uint8_t **base, size_t bytes, voi
     return p.status;
 }
 
-static dsv4_status build(struct dsv4_device *d, const struct dsv4_cuda_paths *paths, uint64_t most, dsv4_error *err) {
+dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
     const dsv4_model *m = d->model;
+    const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
     size_t n_layer = (size_t)m->config.num_hidden_layers, chunk = (size_t)m->options.chunk_tok;
     uint64_t free_bytes = 0;
-    DSV4_TRY(check_experts(m, err));
-    DSV4_TRY(dsv4_cuda_load(&d->plugin, paths, err));
-    const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
-    DSV4_TRY(dsv4_cuda_prepare(d->plugin, 0, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->states, n_layer * chunk, sizeof *d->states, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->pieces, chunk, sizeof *d->pieces, err));
@@ -270,33 +265,14 @@ static dsv4_status build(struct dsv4_device *d, const struct dsv4_cuda_paths *pa
     return dsv4_device_status(d, rt->synchronize(d->stream), "copying weights", err);
 }
 
-dsv4_status dsv4_device_create(struct dsv4_device **out, const dsv4_model *m, const struct dsv4_cuda_paths *paths,
-                               uint64_t most_bytes, dsv4_error *err) {
-    struct dsv4_device *d = calloc(1, sizeof *d);
-    if (!d)
-        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a device");
-    d->model = m;
-    dsv4_status status = build(d, paths, most_bytes, err);
-    if (status != DSV4_OK) {
-        dsv4_device_destroy(d);
-        return status;
-    }
-    *out = d;
-    return DSV4_OK;
-}
-
 void dsv4_device_destroy(struct dsv4_device *d) {
-    if (!d)
-        return;
-    if (d->plugin) { /* errors of a device that is lost are of no interest any more */
-        const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
-        if (d->stream)
-            rt->synchronize(d->stream);
-        rt->release(d->weights);
-        rt->release(d->workspace);
-        rt->release(d->scratch);
-        if (d->stream)
-            rt->stream_destroy(d->stream);
-    }
-    free(d);
+    const struct dsv4_cuda_runtime *rt = &d->plugin->runtime; /* errors of a device that is lost are of no interest */
+    rt->prepare(d->number);
+    if (d->stream)
+        rt->synchronize(d->stream);
+    rt->release(d->weights);
+    rt->release(d->workspace);
+    rt->release(d->scratch);
+    if (d->stream)
+        rt->stream_destroy(d->stream);
 }

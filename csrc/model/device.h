@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A model on a CUDA device: its weights copied there, the buffers of a pass, and mirrors of sessions' states.  The host's
- * weights stay mapped and the host's session state stays the one that counts: after each pass what it wrote comes back,
- * so forks, rewinds, saved sessions and failed steps work as without a device.  Passes that somebody looks into (model/
- * sites.h) or changes (model/edit.h), layers and parts run alone, and the search for a bad layer are computed on the CPU:
- * the bits are the same.
+ * A model on CUDA devices: its weights copied there, the buffers of a pass, and mirrors of sessions' states.  The layers
+ * are cut into stages, each on a device of its own: the first also embeds, the last makes the logits.  The host's weights
+ * stay mapped and the host's session state stays the one that counts: after each pass what it wrote comes back, so forks,
+ * rewinds, saved sessions and failed steps work as without a device.  Passes that somebody looks into (model/sites.h) or
+ * changes (model/edit.h), layers and parts run alone, and the search for a bad layer are computed on the CPU: the bits are
+ * the same.
  *
  * Refuses what does not fit before anything is allocated; what fails half-way is given back.
  */
@@ -43,28 +44,47 @@ struct dsv4_device_buffers {
     float *head_dots, *logits;
 };
 
+struct dsv4_pipeline;
+
+/* A stage: layers [first_layer, end_layer) on one device. */
 struct dsv4_device {
-    const struct dsv4_cuda_plugin *plugin; /* borrowed, like the model */
+    const struct dsv4_cuda_plugin *plugin; /* borrowed, like the next two */
     const dsv4_model *model;
+    struct dsv4_pipeline *pipeline;   /* this is one of its stages */
+    int32_t number;                   /* CUDA's, of the device */
+    int32_t first_layer, end_layer;
     void *stream;                     /* owned, like the next three: memory of the device */
     uint8_t *weights;
     uint8_t *workspace;
     uint8_t *scratch;                 /* what grows with the context: key lists, scores, parts of attention */
     size_t scratch_bytes;
-    struct dsv4_device_layer *layers; /* owned by the model's arena */
-    struct dsv4_weight embed, head;
+    struct dsv4_device_layer *layers; /* [layers of the model], those of this stage set; owned by the model's arena */
+    struct dsv4_weight embed, head;   /* of the first stage; of the last, like hc_head and norm */
     struct dsv4_hyper hc_head;
     const float *norm, *freq_main, *freq_compressed;
     struct dsv4_device_buffers b;
     struct dsv4_cuda_state *states;   /* host: [layers][chunk], owned by the model's arena */
     struct dsv4_cuda_piece *pieces;   /* host: [chunk] */
-    dsv4_error dead;                  /* code DSV4_OK, or why the device is lost: every later step fails with it */
 };
 
-/* Copies the weights.  DSV4_E_MEMORY with what is needed and what is free. */
-dsv4_status dsv4_device_create(struct dsv4_device **out, const dsv4_model *m, const struct dsv4_cuda_paths *paths,
-                               uint64_t most_bytes, dsv4_error *err);
-void dsv4_device_destroy(struct dsv4_device *d); /* NULL is legal */
+/* All stages, in the order of their layers. */
+struct dsv4_pipeline {
+    int32_t n;
+    struct dsv4_device *stages; /* owned, [n] */
+    dsv4_error dead;            /* code DSV4_OK, or why a device is lost: every later step fails with it */
+};
+
+/* pipeline.c: copies the weights.  DSV4_E_MEMORY with what is needed and what is free. */
+dsv4_status dsv4_pipeline_create(struct dsv4_pipeline **out, const dsv4_model *m, const struct dsv4_cuda_paths *paths,
+                                 uint64_t most_bytes, dsv4_error *err);
+void dsv4_pipeline_destroy(struct dsv4_pipeline *p); /* NULL is legal */
+
+/* device.c: one stage, whose plugin, model, pipeline, number and layers are set.  Destroy is legal after a failed build. */
+dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most_bytes, dsv4_error *err);
+void dsv4_device_destroy(struct dsv4_device *d);
+
+/* Makes this stage's device the current one of the calling thread: before all that is done on it. */
+dsv4_status dsv4_device_prepare(struct dsv4_device *d, dsv4_error *err);
 
 /* A code of the runtime or a launch, as a status; a fault of the device is remembered. */
 dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doing, dsv4_error *err);
@@ -75,18 +95,22 @@ dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t 
 
 /* -------------------------------------------------------------------------------------- device_kv.c: state of sessions */
 
-/* A session's state on the device, as it is at `position`; rows of a layer in blocks of DSV4_CUDA_BLOCK_ROWS. */
+/* A session's state on a stage's device, as it is at `position`; rows of a layer in blocks of DSV4_CUDA_BLOCK_ROWS. */
 struct dsv4_mirror {
     struct dsv4_device *device; /* borrowed: the model outlives its sessions */
+    struct dsv4_mirror *next;   /* owned: the same session on another stage */
     int32_t position;           /* -1: to be copied again */
     int32_t capacity;           /* tokens there are blocks for */
-    uint8_t *fixed;             /* owned, of the device */
+    uint8_t *fixed;             /* owned, of the device: the fixed state from the stage's first layer on */
     uint8_t **slabs;            /* owned [n_slab], of the device: blocks */
     int32_t n_slab;
     uint8_t **tables;           /* host, owned: of each layer, pointers to the blocks of compressed, then of index rows */
     uint8_t **device_tables;    /* owned, of the device: the same */
-    size_t *at;                 /* host, owned [layers][2]: where a layer's pointers begin in the tables */
+    size_t *at;                 /* host, owned [layers of the model][2]: where a layer's pointers begin in the tables */
 };
+
+/* That of this stage; NULL where there is none yet. */
+struct dsv4_mirror *dsv4_mirror_of(const struct dsv4_device *d, const struct dsv4_piece *piece);
 
 /* Makes the mirror of a piece's session what its host state is, with room for the piece's tokens. */
 dsv4_status dsv4_mirror_ready(struct dsv4_device *d, const struct dsv4_pass *p, const struct dsv4_piece *piece,
@@ -94,6 +118,5 @@ dsv4_status dsv4_mirror_ready(struct dsv4_device *d, const struct dsv4_pass *p, 
 /* One layer's pointers. */
 void dsv4_mirror_state(const struct dsv4_mirror *k, int32_t layer, struct dsv4_cuda_state *out);
 /* What the pass wrote for this piece into the host's state; complete after the next synchronize. */
-dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_pass *p, const struct dsv4_piece *piece,
-                              dsv4_error *err);
+dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_piece *piece, dsv4_error *err);
 #endif

@@ -22,10 +22,10 @@ static size_t row_bytes(const dsv4_model *m, int32_t layer, int index) {
     return !index ? m->kv_row : m->layers[layer].kind == DSV4_CSA ? m->index_row : 0;
 }
 
-void dsv4_mirror_destroy(struct dsv4_mirror *k) {
-    if (!k)
-        return;
+/* That of one stage. */
+static void destroy(struct dsv4_mirror *k) {
     const struct dsv4_cuda_runtime *rt = &k->device->plugin->runtime;
+    rt->prepare(k->device->number); /* errors of a device that is lost are of no interest */
     rt->release(k->fixed);
     for (int32_t i = 0; i < k->n_slab; i++)
         rt->release(k->slabs[i]);
@@ -36,9 +36,39 @@ void dsv4_mirror_destroy(struct dsv4_mirror *k) {
     free(k);
 }
 
+void dsv4_mirror_destroy(struct dsv4_mirror *k) {
+    for (struct dsv4_mirror *next; k; k = next) {
+        next = k->next;
+        destroy(k);
+    }
+}
+
 void dsv4_mirror_forget(struct dsv4_mirror *k) {
-    if (k)
+    for (; k; k = k->next)
         k->position = -1;
+}
+
+struct dsv4_mirror *dsv4_mirror_of(const struct dsv4_device *d, const struct dsv4_piece *piece) {
+    struct dsv4_mirror *k = piece->kv->mirror;
+    while (k && k->device != d)
+        k = k->next;
+    return k;
+}
+
+/* The part of the fixed state that a stage has: layers lie one after the other. */
+static size_t fixed_first(const struct dsv4_device *d) {
+    return d->model->state[d->first_layer].window;
+}
+
+static size_t fixed_bytes(const struct dsv4_device *d) {
+    int last = d->end_layer == d->model->config.num_hidden_layers;
+    return (last ? d->model->state_bytes : d->model->state[d->end_layer].window) - fixed_first(d);
+}
+
+/* Where that offset of the fixed state lies; NULL for the 0 of what a layer does not have. */
+static uint8_t *fixed_at(const struct dsv4_mirror *k, size_t offset) {
+    size_t first = fixed_first(k->device);
+    return offset < first ? NULL : k->fixed + (offset - first);
 }
 
 static dsv4_status allocate(struct dsv4_device *d, void *out_pointer, size_t bytes, dsv4_error *err) {
@@ -54,9 +84,9 @@ static dsv4_status mirror_create(struct dsv4_mirror **out, struct dsv4_device *d
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a session on the device");
     k->device = d;
     k->position = -1;
-    dsv4_status status = allocate(d, &k->fixed, d->model->state_bytes, err);
+    dsv4_status status = allocate(d, &k->fixed, fixed_bytes(d), err);
     if (status != DSV4_OK) {
-        dsv4_mirror_destroy(k);
+        destroy(k);
         return status;
     }
     *out = k;
@@ -74,7 +104,7 @@ struct growth {
 
 static void measure(const struct dsv4_mirror *k, int32_t tokens, struct growth *g) {
     const dsv4_model *m = k->device->model;
-    for (int32_t i = 0; i < m->config.num_hidden_layers; i++) {
+    for (int32_t i = k->device->first_layer; i < k->device->end_layer; i++) {
         size_t n = blocks_for(m, i, tokens), old = k->at ? blocks_for(m, i, k->capacity) : 0;
         for (int index = 0; index < 2; index++) {
             if (g->at)
@@ -88,7 +118,7 @@ static void measure(const struct dsv4_mirror *k, int32_t tokens, struct growth *
 static void fill_tables(const struct dsv4_mirror *k, int32_t tokens, struct growth *g) {
     const dsv4_model *m = k->device->model;
     uint8_t *next = g->slab;
-    for (int32_t i = 0; i < m->config.num_hidden_layers; i++) {
+    for (int32_t i = k->device->first_layer; i < k->device->end_layer; i++) {
         size_t n = blocks_for(m, i, tokens), old = k->at ? blocks_for(m, i, k->capacity) : 0;
         for (int index = 0; index < 2; index++) {
             uint8_t **to = g->tables + g->at[2 * i + index];
@@ -173,9 +203,9 @@ static dsv4_status copy_state(struct dsv4_mirror *k, const struct dsv4_pass *p, 
     struct dsv4_device *d = k->device;
     const struct dsv4_kv *kv = piece->kv;
     const dsv4_model *m = d->model;
-    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.upload(k->fixed, kv->fixed, m->state_bytes, d->stream),
+    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.upload(k->fixed, kv->fixed + fixed_first(d), fixed_bytes(d), d->stream),
                                 "the state of a session", err));
-    for (int32_t i = kv->first_layer; i < kv->end_layer; i++) {
+    for (int32_t i = d->first_layer; i < d->end_layer; i++) {
         if (m->layers[i].kind == DSV4_SWA)
             continue;
         int32_t rows = piece->position / m->layers[i].compressor.ratio;
@@ -191,9 +221,10 @@ static dsv4_status copy_state(struct dsv4_mirror *k, const struct dsv4_pass *p, 
 
 dsv4_status dsv4_mirror_ready(struct dsv4_device *d, const struct dsv4_pass *p, const struct dsv4_piece *piece,
                               dsv4_error *err) {
-    struct dsv4_mirror *k = piece->kv->mirror;
+    struct dsv4_mirror *k = dsv4_mirror_of(d, piece);
     if (!k) {
         DSV4_TRY(mirror_create(&k, d, err));
+        k->next = piece->kv->mirror;
         piece->kv->mirror = k;
     }
     DSV4_TRY(grow(k, piece->position + piece->n, err));
@@ -206,9 +237,9 @@ dsv4_status dsv4_mirror_ready(struct dsv4_device *d, const struct dsv4_pass *p, 
 void dsv4_mirror_state(const struct dsv4_mirror *k, int32_t layer, struct dsv4_cuda_state *out) {
     const struct dsv4_state_layout *s = &k->device->model->state[layer];
     *out = (struct dsv4_cuda_state){
-        .window = k->fixed + s->window, .k = (float *)(void *)(k->fixed + s->k),
-        .gate = (float *)(void *)(k->fixed + s->gate), .index_k = (float *)(void *)(k->fixed + s->index_k),
-        .index_gate = (float *)(void *)(k->fixed + s->index_gate),
+        .window = fixed_at(k, s->window), .k = (float *)(void *)fixed_at(k, s->k),
+        .gate = (float *)(void *)fixed_at(k, s->gate), .index_k = (float *)(void *)fixed_at(k, s->index_k),
+        .index_gate = (float *)(void *)fixed_at(k, s->index_gate),
         .compressed = k->device_tables + k->at[2 * layer], .index = k->device_tables + k->at[2 * layer + 1],
     };
 }
@@ -221,7 +252,7 @@ static dsv4_status fetch_ring(struct dsv4_mirror *k, struct dsv4_kv *kv, size_t 
     while (left > 0) {
         int32_t run = left < slots - slot ? left : slots - slot;
         size_t from = at + (size_t)slot * row, bytes = (size_t)run * row;
-        DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.download(kv->fixed + from, k->fixed + from, bytes, d->stream),
+        DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.download(kv->fixed + from, fixed_at(k, from), bytes, d->stream),
                                     "the state of a session", err));
         left -= run;
         slot = 0;
@@ -229,13 +260,12 @@ static dsv4_status fetch_ring(struct dsv4_mirror *k, struct dsv4_kv *kv, size_t 
     return DSV4_OK;
 }
 
-dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_pass *p, const struct dsv4_piece *piece,
-                              dsv4_error *err) {
+dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_piece *piece, dsv4_error *err) {
     const dsv4_model *m = d->model;
     struct dsv4_kv *kv = piece->kv;
-    struct dsv4_mirror *k = kv->mirror;
+    struct dsv4_mirror *k = dsv4_mirror_of(d, piece);
     int32_t end = piece->position + piece->n;
-    for (int32_t i = p->first_layer; i < p->end_layer; i++) {
+    for (int32_t i = d->first_layer; i < d->end_layer; i++) {
         const struct dsv4_layer *l = &m->layers[i];
         const struct dsv4_state_layout *s = &m->state[i];
         size_t raw = dsv4_state_row_bytes(&l->compressor), index_raw = dsv4_state_row_bytes(&l->index_compressor);

@@ -28,10 +28,10 @@ static dsv4_status send_pass(run *r) {
         const struct dsv4_piece *piece = &p->pieces[i];
         DSV4_TRY(dsv4_mirror_ready(d, p, piece, r->err));
         d->pieces[i] = (struct dsv4_cuda_piece){piece->first_tok, piece->n, piece->position};
-        for (int32_t l = p->first_layer; l < p->end_layer; l++)
-            dsv4_mirror_state(piece->kv->mirror, l, &d->states[(size_t)l * n_piece + (size_t)i]);
+        for (int32_t l = d->first_layer; l < d->end_layer; l++)
+            dsv4_mirror_state(dsv4_mirror_of(d, piece), l, &d->states[(size_t)l * n_piece + (size_t)i]);
     }
-    size_t first = (size_t)p->first_layer * n_piece, states = (size_t)p->end_layer * n_piece - first;
+    size_t first = (size_t)d->first_layer * n_piece, states = (size_t)d->end_layer * n_piece - first;
     DSV4_TRY(upload(r, b->states + first, d->states + first, states * sizeof *d->states));
     DSV4_TRY(upload(r, b->pieces, d->pieces, n_piece * sizeof *d->pieces));
     DSV4_TRY(upload(r, b->ids, p->ids, ints));
@@ -51,6 +51,8 @@ static dsv4_status enter(const run *r) {
            .n_tok = r->n, .n_pair = pairs);
     LAUNCH(r, rope_table, .cos = b->cos_comp, .sin = b->sin_comp, .freq = r->d->freq_compressed, .positions = b->positions,
            .n_tok = r->n, .n_pair = pairs);
+    if (r->d->first_layer > 0) /* the streams come from the stage before */
+        return DSV4_OK;
     LAUNCH(r, embed, .streams = b->streams, .table = r->d->embed.data, .ids = b->ids, .n_tok = r->n, .hc = c->hc_mult,
            .d_model = c->hidden_size, .table_f32 = r->d->embed.format == DSV4_W_F32);
     return DSV4_OK;
@@ -61,7 +63,7 @@ static dsv4_status finish(const run *r) {
     const struct dsv4_cuda_runtime *rt = &r->d->plugin->runtime;
     int32_t bad = INT_MAX;
     for (int32_t i = 0; i < r->p->n_piece; i++)
-        DSV4_TRY(dsv4_mirror_fetch(r->d, r->p, &r->p->pieces[i], r->err));
+        DSV4_TRY(dsv4_mirror_fetch(r->d, &r->p->pieces[i], r->err));
     DSV4_TRY(dsv4_device_status(r->d, rt->download(&bad, r->d->b.bad, sizeof bad, r->d->stream), "result of a pass",
                                 r->err));
     DSV4_TRY(dsv4_device_status(r->d, rt->synchronize(r->d->stream), "a pass", r->err));
@@ -70,30 +72,33 @@ static dsv4_status finish(const run *r) {
     return DSV4_OK;
 }
 
-static dsv4_status layers(dsv4_worker *w, run *r) {
+/* The pass through one stage. */
+static dsv4_status stage(dsv4_worker *w, run *r) {
+    DSV4_TRY(dsv4_device_prepare(r->d, r->err));
     DSV4_TRY(send_pass(r));
     DSV4_TRY(enter(r));
-    for (int32_t i = r->p->first_layer; i < r->p->end_layer && !dsv4_cancelled(w); i++)
+    for (int32_t i = r->d->first_layer; i < r->d->end_layer && !dsv4_cancelled(w); i++)
         DSV4_TRY(dsv4_device_layer(r, i));
     return finish(r);
 }
 
 dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err) {
-    run r = {.d = p->m->device, .p = p, .n = p->n_tok, .err = err};
-    if (r.d->dead.code != DSV4_OK) {
-        *err = r.d->dead;
+    struct dsv4_pipeline *all = p->m->pipeline;
+    dsv4_status status = DSV4_OK;
+    if (all->dead.code != DSV4_OK) {
+        *err = all->dead;
         return err->code;
     }
-    dsv4_status status = dsv4_device_status(r.d, r.d->plugin->runtime.prepare(0), "the device", err); /* for this thread */
-    if (status == DSV4_OK)
-        status = layers(w, &r);
+    for (int32_t i = 0; status == DSV4_OK && i < all->n; i++)
+        status = stage(w, &(run){.d = &all->stages[i], .p = p, .n = p->n_tok, .err = err});
     for (int32_t i = 0; status != DSV4_OK && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror);
     return status;
 }
 
 dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err) {
-    run r = {.d = p->m->device, .p = p, .n = n, .err = err};
+    const struct dsv4_pipeline *all = p->m->pipeline;
+    run r = {.d = &all->stages[all->n - 1], .p = p, .n = n, .err = err}; /* still the current device */
     const struct dsv4_config *c = &p->m->config;
     const struct dsv4_device_buffers *b = &r.d->b;
     const struct dsv4_hyper *h = &r.d->hc_head;

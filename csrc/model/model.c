@@ -194,7 +194,7 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
     if (!m->options.use_cuda)
         return DSV4_OK;
     struct dsv4_cuda_paths paths = {m->options.cuda_plugin, m->options.cuda_driver};
-    return dsv4_device_create(&m->device, m, &paths, m->options.gpu_bytes, err);
+    return dsv4_pipeline_create(&m->pipeline, m, &paths, m->options.gpu_bytes, err);
 }
 
 dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config, const struct dsv4_shard_desc *shards,
@@ -223,7 +223,7 @@ void dsv4_model_destroy(dsv4_model *m) {
     if (!m || atomic_fetch_sub(&m->references, 1) > 1)
         return;
     dsv4_run_free(atomic_load(&m->spare));
-    dsv4_device_destroy(m->device);
+    dsv4_pipeline_destroy(m->pipeline);
     dsv4_workspace_destroy(m->workspace);
     dsv4_team_destroy(m->team);
     dsv4_experts_destroy(m->cache);

@@ -89,7 +89,7 @@ struct dsv4_model {
     size_t state_bytes;
     struct dsv4_workspace *workspace; /* owned; used by the running step alone */
     _Atomic(dsv4_run *) spare; /* owned: the buffers of the last step, for the next */
-    struct dsv4_device *device; /* owned; NULL on the CPU (model/device.h) */
+    struct dsv4_pipeline *pipeline; /* owned: the GPUs (model/device.h); NULL on the CPU */
     struct dsv4_expert_cache *cache; /* owned; NULL unless routed experts come from disk (model/experts.h) */
     atomic_int references;
 };
