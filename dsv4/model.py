@@ -246,7 +246,8 @@ class Model:
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, wanted True or False")
         core, edit = state_file.load(self, path, kept, verify, mmap)
-        return Session(self, core) if edit is None else edited(self, core, edit)
+        file = os.path.realpath(os.fsdecode(path))
+        return Session(self, core, file=file) if edit is None else edited(self, core, edit, file)
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:

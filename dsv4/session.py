@@ -33,11 +33,13 @@ class Session:
     """
 
     def __init__(
-        self, model: "Model", core: _core.Session, edit: "Edit | None" = None
+        self, model: "Model", core: _core.Session, edit: "Edit | None" = None,
+        file: str | None = None,
     ) -> None:
         self.model = model
         self._core = core
         self._edit = edit  # as the core session has it; None: empty
+        self._file = file  # that it was last saved to or loaded from
 
     @property
     def position(self) -> int:
@@ -222,6 +224,11 @@ class Session:
         The session may go on while it is written.  Its edit is saved, the states kept for `rewind`
         are not.
 
+        Where the file system can clone (btrfs, XFS, bcachefs), rows that are in the file this
+        session (or the one it was forked from) was last saved to or loaded from take no further
+        room: ten saves of a conversation that grows need about as much as the last one.
+        Each file stays whole: the others may be removed.
+
         Examples
         --------
         See `Model.load_session`.
@@ -229,7 +236,7 @@ class Session:
         from dsv4 import state_file
 
         with Session(self.model, self._core.fork(NOW)) as frozen:
-            state_file.save(frozen._core, self.model, path, self._edit)
+            self._file = state_file.save(frozen._core, self.model, path, self._edit, self._file)
 
     def __reduce__(self) -> str:
         raise TypeError("a Session cannot be pickled: it lives in its model; save() writes it to a "
@@ -285,13 +292,15 @@ class Session:
             return "<dsv4.Session, closed>"
 
 
-def edited(model: "Model", core: _core.Session, edit: "Edit | None") -> Session:
+def edited(
+    model: "Model", core: _core.Session, edit: "Edit | None", file: str | None = None
+) -> Session:
     """A session of this core, which from now on has this edit; ValueError if it does not fit."""
     from dsv4.edit_base import checked
 
     native = checked(edit)._native(model)
     core.edit(native)
-    return Session(model, core, edit if native is not None else None)
+    return Session(model, core, edit if native is not None else None, file)
 
 
 def forked(session: Session, checkpoints: int | None, edit: "Edit | None") -> Session:
@@ -302,8 +311,8 @@ def forked(session: Session, checkpoints: int | None, edit: "Edit | None") -> Se
     checked(edit).check(session.model.config)
     core = session._core.fork(NOW) if checkpoints is None else session._core.fork(NOW, checkpoints)
     if not edit:
-        return Session(session.model, core, session._edit)
-    return edited(session.model, core, session.edit + edit.since(core.position))
+        return Session(session.model, core, session._edit, session._file)
+    return edited(session.model, core, session.edit + edit.since(core.position), session._file)
 
 
 def check_checkpoints(checkpoints: object) -> int:

@@ -22,10 +22,9 @@ of it must be this model's), and who wrote it (which need not be equal).
 Reading: everything but whole blocks of rows is compared with its checksum before it is used;
 blocks stay where they are mapped and are compared when a step first reads them.
 
-Writing: a temporary file beside the target, fsync, rename, fsync of the folder.  Every save writes
-the whole state: rows that an older file of the same conversation has could be cloned where the file
-system knows how, but those would be bytes that this save has not seen, under checksums of bytes in
-memory: damage in one file would be in all.  Source: TRUST 2 (S1-S7, F9), SPEC 3.11.
+Writing: a temporary file beside the target, fsync, rename, fsync of the folder.  Rows that the file
+of an earlier save holds are shared with it where the file system can (state_sharing.py).
+Source: TRUST 2 (S1-S7, F9), SPEC 3.11.
 """
 
 import contextlib
@@ -50,6 +49,7 @@ from dsv4 import _core
 from dsv4.errors import FormatError, combined
 from dsv4.files import OPEN_FLAGS, check_regular, parse_json, read_exactly
 from dsv4.loading import engine_config, engine_tensor
+from dsv4.state_sharing import Earlier, earlier
 
 MAGIC = b"\x89dsv4kv\n"
 VERSION = 1
@@ -162,9 +162,10 @@ def _differences(file: str, got: Any, wanted: Any, name: str) -> list[FormatErro
 
 def save(
     core: _core.Session, model: "dsv4.Model", path: str | os.PathLike[str],
-    edit: "dsv4.Edit | None" = None,
-) -> None:
-    """Write the state of a session nobody else uses; see `dsv4.Session.save`."""
+    edit: "dsv4.Edit | None" = None, before: str | None = None,
+) -> str:
+    """Write the state of a session nobody else uses; see `dsv4.Session.save`.  `before` is the
+    file of an earlier state of it, to share rows with.  Returns the file, links followed."""
     edit_json = edit.to_json().encode() if edit else b""
     where = os.path.realpath(os.fsdecode(path))
     folder, name = os.path.split(where)
@@ -176,11 +177,12 @@ def save(
     try:
         mode = _mode_of(at, name)
         _remove_stale(at, name)
-        free = _free(at)
-        if size > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary = f"{_prefix(name)}{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        _write(at, temporary, name, mode, core, plan, header, head, size, edit_json)
+        with earlier(before) as shared:
+            most = sum(shared.nbytes(section.name, section.layer) for section, _ in plan.rows)
+            if size - most > _free(at):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            _write(at, temporary, name, mode, core, plan, header, head, size, edit_json, shared)
         os.fsync(at)
     except OSError as error:
         if error.errno is None:
@@ -190,11 +192,12 @@ def save(
             f"{_free(at)} are free", where) from error
     finally:
         os.close(at)
+    return where
 
 
 def _write(
     at: int, temporary: str, name: str, mode: int | None, core: _core.Session, plan: Layout,
-    header: bytes, head: int, size: int, edit_json: bytes,
+    header: bytes, head: int, size: int, edit_json: bytes, shared: Earlier,
 ) -> None:
     """The file, complete and synced, under its name; no temporary file is left behind."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -203,7 +206,7 @@ def _write(
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its writer lives
             out = _Out(fd)
-            table = b"".join(_sections(out, head, core, plan, edit_json))
+            table = b"".join(_sections(out, head, core, plan, edit_json, shared))
             out.write([_head(header, table, head, size)], 0)
             if mode is not None:
                 os.fchmod(fd, mode)
@@ -224,23 +227,26 @@ class _Out:
         self.fd = fd
         self.unsynced = 0
 
-    def write(self, parts: list[Any], offset: int) -> None:
+    def write(self, parts: list[Any], offset: int, done: int = 0) -> None:
+        """The parts one after the other from `offset` on, of which `done` bytes are there."""
         views = [memoryview(part) for part in parts]
-        while views:
-            done = os.pwritev(self.fd, views, offset)
+        while True:
             offset += done
-            self.unsynced += done
             while views and done >= len(views[0]):
                 done -= len(views.pop(0))
-            if views:
-                views[0] = views[0][done:]
+            if not views:
+                break
+            views[0] = views[0][done:]
+            done = os.pwritev(self.fd, views, offset)
+            self.unsynced += done
         if self.unsynced >= SYNCED:
             os.fdatasync(self.fd)
             self.unsynced = 0
 
 
 def _sections(
-    out: _Out, head: int, core: _core.Session, plan: Layout, edit_json: bytes
+    out: _Out, head: int, core: _core.Session, plan: Layout, edit_json: bytes,
+    shared: Earlier,
 ) -> Iterator[bytes]:
     """Writes every section; yields the checksums, in order."""
     tokens = core.tokens(0, core.position).astype("<i4", copy=False).view(np.uint8)
@@ -250,7 +256,10 @@ def _sections(
         for first in range(0, section.pieces, BLOCKS):
             n = min(BLOCKS, section.pieces - first)
             views, checksums = core.blocks(layer, kind, first, n)
-            out.write(views, head + section.offset + first * section.piece)
+            begin = first * section.piece
+            at = head + section.offset + begin
+            done = shared.share(out.fd, section.name, layer, begin, at, views)
+            out.write(views, at, done)
             yield checksums
     if plan.edit is not None:
         yield from _pieces(out, head, plan.edit, memoryview(edit_json))
@@ -385,6 +394,17 @@ def _read_head(fd: int, size: int, file: str) -> tuple[Any, bytes, int]:
         raise FormatError(file=file, rule="SHA-256 of the head", got="another",
                           wanted="the one it names: the file is damaged")
     return parse_json(rest[:length], file), rest[length:], head
+
+
+def sections_of(fd: int, file: str) -> dict[tuple[str, int], tuple[int, int]]:
+    """Where the sections of a file lie, whatever model it belongs to: their first byte and their
+    length, by name and layer.  FormatError if it is not a saved session."""
+    header, _, head = _read_head(fd, os.fstat(fd).st_size, file)
+    try:
+        sections = [Section(*section) for section in header["sections"]]
+        return {(s.name, s.layer): (head + s.offset, s.nbytes) for s in sections}
+    except (TypeError, KeyError) as error:
+        raise FormatError(file=file, rule="sections", got=repr(error), wanted="a list") from error
 
 
 def _plan(model: "dsv4.Model", header: Any, file: str) -> tuple[int, Layout]:
