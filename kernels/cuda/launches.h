@@ -301,6 +301,7 @@ struct dsv4_cuda_group_args {
     int32_t *tok_rows;    /* [n_tok][top_k + 1], ascending expert, shared last */
     struct dsv4_cuda_tile *tiles; /* [DSV4_CUDA_TILES(...)] */
     int32_t *n_tile;      /* [1] */
+    uint64_t *uses;       /* [n_exp] grow by each expert's rows; or NULL */
     const int32_t *ids;   /* [n_tok][top_k], distinct in each token */
     const float *weights;
     int32_t n_tok, n_exp, top_k, tile_tok;
@@ -328,6 +329,35 @@ struct dsv4_cuda_expert_sum_args {
     const dsv4_bf16 *rows;
     const int32_t *tok_rows;
     int32_t n_tok, per_tok, n;
+};
+
+/* -------------------------------------------------------------------------------------- experts beside the device */
+
+/*
+ * What the host needs of a layer after `group`, to memory of the host that the device sees: all choices with their
+ * weights, and the operands of tokens that have an expert which the host computes: one whose data is NULL and which has
+ * at most `few` rows.  When all of it is there, *sent becomes the number of this launch: one more than in the one before.
+ */
+struct dsv4_cuda_send_args {
+    uint32_t *sent;                      /* [1], of the host, like the next four */
+    int32_t *to_ids;                     /* [n_tok][top_k] */
+    float *to_weights;                   /* [n_tok][top_k] */
+    dsv4_bf16 *to_quant, *to_plain;      /* [n_tok][n], or NULL */
+    uint32_t *count;                     /* [2] of the device, 0 at first: tickets, launches */
+    const int32_t *ids;                  /* [n_tok][top_k] */
+    const float *weights;
+    const dsv4_bf16 *x_quant, *x_plain;  /* [n_tok][n] */
+    const struct dsv4_weight *w;         /* [n_exp] one projection of every expert */
+    const int32_t *group_first;          /* [n_exp + 1] */
+    int32_t n_tok, top_k, n, few;
+};
+
+/* Rows that the host has computed: row to[i] of the device becomes row i of the host, for i < *n_row. */
+struct dsv4_cuda_receive_args {
+    dsv4_bf16 *rows;
+    const dsv4_bf16 *from;       /* of the host, like the next two */
+    const int32_t *to, *n_row;
+    int32_t max_row, n;          /* at least *n_row; values of a row */
 };
 
 /* ----------------------------------------------------------------------------------------------- first and last steps */
@@ -383,6 +413,8 @@ struct dsv4_cuda_argmax_args {
     X(group)                                                                                                           \
     X(swiglu)                                                                                                          \
     X(expert_sum)                                                                                                      \
+    X(send)                                                                                                            \
+    X(receive)                                                                                                         \
     X(embed)                                                                                                           \
     X(finite)                                                                                                          \
     X(argmax)

@@ -113,6 +113,8 @@ DSV4_KERNEL(group_kernel, struct dsv4_cuda_group_args, GROUP_THREADS, 1) {
     if (e < n_group) {
         int32_t row = s.rows[e];
         a.group_first[e] = row;
+        if (a.uses && e < a.n_exp)
+            a.uses[e] += (uint64_t)n_row;
         if (e == a.n_exp) {
             a.group_first[n_group] = row + n_row;
             *a.n_tile = s.tiles[e] + n_tile;

@@ -75,6 +75,56 @@ static int download(void *to, const void *from, uint64_t bytes, void *stream) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream);
 }
 
+static int host_allocate(void **out, void **device, uint64_t bytes) {
+    *out = *device = nullptr;
+    cudaError_t code = cudaHostAlloc(out, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (code == cudaSuccess)
+        code = cudaHostGetDevicePointer(device, *out, 0);
+    if (code != cudaSuccess && *out) {
+        cudaFreeHost(*out);
+        *out = nullptr;
+    }
+    return code;
+}
+
+static int host_release(void *p) {
+    return cudaFreeHost(p);
+}
+
+// "Not ready" is an answer, not a failure, and no launch shall find it.
+static int answer(cudaError_t code, int32_t *done) {
+    *done = code == cudaSuccess;
+    if (code != cudaErrorNotReady)
+        return code;
+    cudaGetLastError();
+    return cudaSuccess;
+}
+
+static int stream_done(void *stream, int32_t *done) {
+    return answer(cudaStreamQuery((cudaStream_t)stream), done);
+}
+
+static int event_create(void **out) {
+    *out = nullptr;
+    return cudaEventCreateWithFlags((cudaEvent_t *)out, cudaEventDisableTiming);
+}
+
+static int event_destroy(void *event) {
+    return event ? cudaEventDestroy((cudaEvent_t)event) : cudaSuccess;
+}
+
+static int event_record(void *event, void *stream) {
+    return cudaEventRecord((cudaEvent_t)event, (cudaStream_t)stream);
+}
+
+static int event_wait(void *event, void *stream) {
+    return cudaStreamWaitEvent((cudaStream_t)stream, (cudaEvent_t)event, 0);
+}
+
+static int event_done(void *event, int32_t *done) {
+    return answer(cudaEventQuery((cudaEvent_t)event), done);
+}
+
 static const char *error_name(int code) {
     return cudaGetErrorName((cudaError_t)code);
 }
@@ -90,7 +140,8 @@ extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin 
         CUDART_VERSION,
         DSV4_CUDA_BUILT_FOR,
         {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
-         upload, download, error_name, error_text},
+         upload, download, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
+         event_wait, event_done, error_name, error_text},
         {
 #define X(op) dsv4_cuda_##op,
             DSV4_CUDA_LAUNCHES(X)

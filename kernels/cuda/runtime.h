@@ -28,9 +28,20 @@ struct dsv4_cuda_runtime {
     int (*stream_destroy)(void *stream);
     int (*synchronize)(void *stream);            /* errors of launches come out here */
     /* In the order of the stream.  Host memory may be pageable: it may be changed when upload returns, and holds what
-     * download brings after the next synchronize. */
+     * download brings after the next synchronize.  Memory of host_allocate is read later: when the stream comes to it. */
     int (*upload)(void *to, const void *from, uint64_t bytes, void *stream);
     int (*download)(void *to, const void *from, uint64_t bytes, void *stream);
+    /* Host memory that stays in place and that kernels read and write too: for them it lies at *device. */
+    int (*host_allocate)(void **out, void **device, uint64_t bytes); /* as allocate */
+    int (*host_release)(void *p);
+    /* Whether all that was enqueued has ended, without waiting; errors of launches come out here. */
+    int (*stream_done)(void *stream, int32_t *done);
+    /* A point in a stream, recorded again and again; what another stream gets after event_wait comes behind it. */
+    int (*event_create)(void **out);
+    int (*event_destroy)(void *event);           /* NULL is legal */
+    int (*event_record)(void *event, void *stream);
+    int (*event_wait)(void *event, void *stream);
+    int (*event_done)(void *event, int32_t *done);
     const char *(*error_name)(int code);
     const char *(*error_text)(int code);
 };

@@ -111,9 +111,13 @@ static void experts(int32_t n_tok, int32_t n_exp, int32_t top_k, int32_t d, int3
         .row_weight = check_aligned(4 * all, 4), .tok_rows = check_aligned(4 * all, 4),
         .tiles = check_aligned((size_t)DSV4_CUDA_TILES(n_tok, n_exp, top_k, tile_tok) * sizeof *g.tiles, 4),
         .n_tile = check_aligned(4, 4), .ids = ids, .weights = weights, .n_tok = n_tok, .n_exp = n_exp, .top_k = top_k,
-        .tile_tok = tile_tok};
+        .tile_tok = tile_tok, .uses = check_below(2) ? check_aligned(8 * (size_t)n_exp, 8) : NULL};
+    for (int32_t e = 0; g.uses && e < n_exp; e++)
+        g.uses[e] = (uint64_t)e << 40;
     check_true(dsv4_cuda_group(&g, NULL) == 0, "launch");
     check_groups(&g);
+    for (int32_t e = 0; g.uses && e < n_exp; e++)
+        check_true(g.uses[e] == ((uint64_t)e << 40) + (uint64_t)(g.group_first[e + 1] - g.group_first[e]), "uses of %d", e);
 
     size_t size = all * (size_t)width;
     dsv4_bf16 *x = check_aligned(2 * (size_t)(n_tok * d), 2), *xq = check_aligned(2 * (size_t)(n_tok * d), 2);

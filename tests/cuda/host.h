@@ -33,6 +33,10 @@ static inline void __syncwarp(unsigned = ~0u) {
     dsv4_host_exchange(0);
 }
 
+// One block after the other: what was written is seen.
+static inline void __threadfence_system() {
+}
+
 #define DSV4_DEVICE static inline
 #define DSV4_KERNEL(name, type, threads, blocks) static void name(const type &a)
 #define DSV4_SHARED(type, name) type &name = *(type *)dsv4_host_shared(sizeof(type))

@@ -2,8 +2,9 @@
 //
 // The plugin with its real kernels, executed on the CPU (host.h), over a device of malloc: so that the engine's pass on
 // the device runs whole where there is none.  New memory holds NaN; what is downloaded arrives at synchronize, not
-// before; HOST_FAIL="allocate:3:2" lets the third allocate fail with error 2, "flip:5:1" the fifth
-// upload arrive with another bit; HOST_BYTES limits the memory.
+// before, and what is uploaded from memory that stays in place when somebody has waited for it; HOST_FAIL="allocate:3:2"
+// lets the third allocate fail with error 2, "flip:5:1" the fifth upload arrive with another bit; HOST_BYTES limits the
+// memory.
 #include <map>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,10 +20,23 @@ struct arrival {
     std::vector<char> bytes;
 };
 
-std::map<void *, uint64_t> blocks;
+// A copy that its stream has not come to.
+struct copy {
+    void *to;
+    const void *from;
+    uint64_t bytes;
+};
+
+struct event {
+    void *stream; // recorded there, or none
+    int asked;    // since then
+};
+
+std::map<void *, uint64_t> blocks, in_place;
+std::map<void *, std::vector<copy>> copies; // of each stream
 std::vector<arrival> arrivals;
 std::map<const char *, int> calls;
-int streams;
+int streams, events;
 
 // The error this call is to give; a count per name since HOST_FAIL was last changed.
 int fails(const char *name) {
@@ -54,13 +68,20 @@ uint64_t total() {
     return text ? strtoull(text, nullptr, 10) : (uint64_t)1 << 30;
 }
 
-// Whether [p, p + bytes) lies in one block of the device.
-bool inside(const void *p, uint64_t bytes) {
-    auto next = blocks.upper_bound((void *)p);
-    if (next == blocks.begin())
+// Whether [p, p + bytes) lies in one of these.
+bool inside(const std::map<void *, uint64_t> &ranges, const void *p, uint64_t bytes) {
+    auto next = ranges.upper_bound((void *)p);
+    if (next == ranges.begin())
         return false;
     --next;
     return (const char *)p + bytes <= (const char *)next->first + next->second;
+}
+
+// What this stream was to copy is copied now.
+void catch_up(void *stream) {
+    for (auto &c : copies[stream])
+        memcpy(c.to, c.from, c.bytes);
+    copies.erase(stream);
 }
 
 int device_count(int32_t *n) {
@@ -115,32 +136,97 @@ int stream_create(void **out) {
 }
 
 int stream_destroy(void *stream) {
+    catch_up(stream);
     free(stream);
     streams--;
     return 0;
 }
 
-int synchronize(void *) {
+int synchronize(void *stream) {
+    catch_up(stream);
     for (auto &a : arrivals)
         memcpy(a.to, a.bytes.data(), a.bytes.size());
     arrivals.clear();
     return fails("synchronize");
 }
 
-int upload(void *to, const void *from, uint64_t bytes, void *) {
-    if (bytes && !inside(to, bytes))
+int upload(void *to, const void *from, uint64_t bytes, void *stream) {
+    if (bytes && !inside(blocks, to, bytes))
         return 1;
+    if (inside(in_place, from, bytes)) {
+        copies[stream].push_back({to, from, bytes});
+        return fails("upload");
+    }
+    catch_up(stream);
     memcpy(to, from, bytes);
     if (fails("flip"))
         *(char *)to ^= 0x10;
     return fails("upload");
 }
 
-int download(void *to, const void *from, uint64_t bytes, void *) {
-    if (bytes && !inside(from, bytes))
+int download(void *to, const void *from, uint64_t bytes, void *stream) {
+    if (bytes && !inside(blocks, from, bytes))
         return 1;
+    catch_up(stream);
     arrivals.push_back({to, std::vector<char>((const char *)from, (const char *)from + bytes)});
     return fails("download");
+}
+
+// Kernels use it where the host does; outside `blocks`, so that copies to and from it as memory of the device fail.
+int host_allocate(void **out, void **device, uint64_t bytes) {
+    *out = *device = nullptr;
+    if (int code = fails("host_allocate"))
+        return code;
+    *out = *device = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memset(*out, 0xff, bytes);
+    in_place[*out] = bytes;
+    return 0;
+}
+
+int host_release(void *p) {
+    if (p && !in_place.erase(p))
+        return 1;
+    free(p);
+    return 0;
+}
+
+int stream_done(void *stream, int32_t *done) {
+    catch_up(stream);
+    *done = 1;
+    return fails("stream_done");
+}
+
+int event_create(void **out) {
+    *out = nullptr;
+    if (int code = fails("event_create"))
+        return code;
+    *out = new event{};
+    events++;
+    return 0;
+}
+
+int event_destroy(void *e) {
+    events -= e != nullptr;
+    delete (event *)e;
+    return 0;
+}
+
+int event_record(void *e, void *stream) {
+    *(event *)e = {stream, 0};
+    return fails("event_record");
+}
+
+int event_wait(void *e, void *) {
+    catch_up(((event *)e)->stream);
+    return fails("event_wait");
+}
+
+// The first who asks comes too early.
+int event_done(void *e, int32_t *done) {
+    *done = !copies.count(((event *)e)->stream) || ((event *)e)->asked++;
+    if (*done)
+        catch_up(((event *)e)->stream);
+    return fails("event_done");
 }
 
 const char *error_name(int) {
@@ -153,6 +239,7 @@ const char *error_text(int) {
 
 #define X(op)                                                                                                          \
     int op(const struct dsv4_cuda_##op##_args *a, void *stream) {                                                      \
+        catch_up(stream);                                                                                              \
         int code = fails(#op);                                                                                         \
         return code ? code : dsv4_cuda_##op(a, stream);                                                                \
     }
@@ -165,9 +252,17 @@ DSV4_CUDA_LAUNCHES(X)
 
 extern "C" {
 
-// Bytes and streams that are not given back.
+// Bytes, streams and events that are not given back.
 EXPORTED uint64_t host_live(void) {
-    return used() + (uint64_t)streams;
+    uint64_t sum = used() + (uint64_t)streams + (uint64_t)events;
+    for (auto &block : in_place)
+        sum += block.second;
+    return sum;
+}
+
+// Bytes of the device in use.
+EXPORTED uint64_t host_used(void) {
+    return used();
 }
 
 EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
@@ -177,7 +272,8 @@ EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
         13000,
         "the host",
         {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
-         upload, download, error_name, error_text},
+         upload, download, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
+         event_wait, event_done, error_name, error_text},
         {
 #define X(op) op,
             DSV4_CUDA_LAUNCHES(X)
