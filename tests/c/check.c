@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * See check.h.  Usage: checks [--only family] [--seed n] [--list].  Prints one line per family and
+ * See check.h.  Usage: checks [--only family] [--skip family]... [--seed n] [--list].  Prints one line per family and
  * exits with 0, or prints the first difference and exits with 1.
  */
 #include "check.h"
@@ -188,6 +188,14 @@ void check_equal_bf16(const char *what, const struct dsv4_variant *v, const dsv4
     }
 }
 
+/* Whether argv has `--skip name`. */
+static int skipped(int argc, char **argv, const char *name) {
+    for (int i = 1; i + 1 < argc; i++)
+        if (strcmp(argv[i], "--skip") == 0 && strcmp(argv[i + 1], name) == 0)
+            return 1;
+    return 0;
+}
+
 int main(int argc, char **argv) {
     const char *only = NULL;
     for (int i = 1; i < argc; i++) {
@@ -200,14 +208,16 @@ int main(int argc, char **argv) {
             only = argv[++i];
         } else if (i + 1 < argc && strcmp(argv[i], "--seed") == 0) {
             seed = strtoull(argv[++i], NULL, 10);
+        } else if (i + 1 < argc && strcmp(argv[i], "--skip") == 0) {
+            i++;
         } else {
-            fprintf(stderr, "usage: %s [--only family] [--seed n] [--list]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--only family] [--skip family]... [--seed n] [--list]\n", argv[0]);
             return 2;
         }
     }
     int n_run = 0;
     for (const struct check_family *f = check_families; f->name; f++) {
-        if (only && strcmp(only, f->name) != 0)
+        if ((only && strcmp(only, f->name) != 0) || skipped(argc, argv, f->name))
             continue;
         family = f->name;
         random_state = seed;
