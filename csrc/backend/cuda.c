@@ -67,6 +67,8 @@ static const struct remedy remedies[] = {
     {807, DSV4_E_UNAVAILABLE, "MPS server not ready", "try again later"},
     {808, DSV4_E_UNAVAILABLE, "too many MPS clients", "end other processes on the device"},
     {809, DSV4_E_UNAVAILABLE, "too many MPS connections", "end other processes on the device"},
+    {900, DSV4_E_DEVICE, "stream capture unsupported", "this is a fault of dsv4; please report it"},
+    {901, DSV4_E_DEVICE, "stream capture invalidated", "this is a fault of dsv4; please report it"},
     {999, DSV4_E_DEVICE, "unknown error", "see whether nvidia-smi works, and load the model in a new process"},
 };
 

@@ -270,6 +270,7 @@ void dsv4_device_destroy(struct dsv4_device *d) {
     rt->prepare(d->number);
     if (d->stream)
         rt->synchronize(d->stream);
+    dsv4_graphs_drop(d);
     rt->release(d->weights);
     rt->release(d->workspace);
     rt->release(d->scratch);

@@ -44,6 +44,31 @@ struct dsv4_device_buffers {
     float *head_dots, *logits;
 };
 
+enum {
+    DSV4_GRAPH_TOKENS = 64, /* larger passes are launched one by one: their work takes longer than that */
+    DSV4_GRAPH_SHAPES = 32, /* whose graphs are kept; that needed longest ago goes */
+};
+
+/* All that the launches of a pass depend on beside what lies in device memory. */
+struct dsv4_device_shape {
+    int32_t n_tok, n_piece;
+    int32_t context;      /* at least the tokens of the longest session, those of the pass among them */
+    int32_t scored_ratio; /* layers that compress more select all they see; 0: all do */
+};
+
+/* A segment of a pass of that shape: half layers [first, end) (device_run.h). */
+struct dsv4_graph {
+    int32_t first, end;
+    void *exec; /* owned, of the runtime */
+};
+
+struct dsv4_shape_graphs {
+    struct dsv4_device_shape shape;
+    uint64_t last_use;         /* 0: no shape yet */
+    struct dsv4_graph *graphs; /* owned [n_graph] */
+    int32_t n_graph;
+};
+
 struct dsv4_pipeline;
 
 /* A stage: layers [first_layer, end_layer) on one device. */
@@ -65,6 +90,8 @@ struct dsv4_device {
     struct dsv4_device_buffers b;
     struct dsv4_cuda_state *states;   /* host: [layers][chunk], owned by the model's arena */
     struct dsv4_cuda_piece *pieces;   /* host: [chunk] */
+    struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
+    uint64_t passes;
 };
 
 /* All stages, in the order of their layers. */
@@ -92,6 +119,9 @@ dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doin
 /* device_pass.c, device_layer.c: embedding and layers; logits of n <= DSV4_LOGIT_ROWS tokens to the workspace.  By one thread. */
 dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err);
 dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err);
+
+/* device_graph.c: no graph is left: what they point to has moved, or goes. */
+void dsv4_graphs_drop(struct dsv4_device *d);
 
 /* -------------------------------------------------------------------------------------- device_kv.c: state of sessions */
 

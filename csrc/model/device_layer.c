@@ -64,12 +64,10 @@ static dsv4_status project_input(const run *r, const struct dsv4_layer *l, int s
     return dsv4_device_status(r->d, r->d->plugin->launches.linear(&a, r->d->stream), "linear", r->err);
 }
 
-/* Windows that end in this pass, of one compressor, at most. */
+/* Windows that end in a pass of this shape, of one compressor, at most. */
 static int32_t most_windows(const run *r, int32_t ratio) {
-    int32_t n = 0;
-    for (int32_t i = 0; i < r->p->n_piece; i++)
-        n += r->p->pieces[i].n / ratio + 1;
-    return n;
+    int32_t n = r->shape.n_tok / ratio + r->shape.n_piece;
+    return n < r->shape.n_tok ? n : r->shape.n_tok;
 }
 
 static dsv4_status close_windows(const run *r, const struct dsv4_layer *l, int32_t layer, int index) {
@@ -126,25 +124,20 @@ static struct dsv4_cuda_pass from_token(const run *r, int32_t t, int32_t n) {
     return pass;
 }
 
-static int32_t longest(const run *r) {
-    int32_t end = 0;
-    for (int32_t i = 0; i < r->p->n_piece; i++) {
-        int32_t last = r->p->pieces[i].position + r->p->pieces[i].n;
-        end = last > end ? last : end;
-    }
-    return end;
-}
-
 /* Scratch for as many of the pass's tokens as fit, at `per_tok` bytes each; *n of them. */
 static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
     struct dsv4_device *d = r->d;
     size_t most = SCRATCH_BYTES / per_tok, bytes;
     *n = most < 1 ? 1 : most < (size_t)r->n ? (int32_t)most : r->n;
-    bytes = per_tok * (size_t)*n;
-    if (bytes <= d->scratch_bytes)
+    size_t more = 1; /* a power of two: graphs that hold the old memory go with it, so it rarely moves */
+    while (more < (size_t)*n)
+        more *= 2;
+    bytes = per_tok * (more < most ? more : (size_t)*n);
+    if (per_tok * (size_t)*n <= d->scratch_bytes)
         return DSV4_OK;
     void *memory;
     DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), "memory for attention", r->err));
+    dsv4_graphs_drop(d);
     d->plugin->runtime.release(d->scratch);
     d->scratch = memory;
     d->scratch_bytes = bytes;
@@ -155,7 +148,7 @@ static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
 static dsv4_status choose_entries(const run *r, const struct dsv4_layer *l, int32_t layer, int scored) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
-    int32_t ratio = l->compressor.ratio, iq = c->index_n_heads, entries = longest(r) / ratio, n;
+    int32_t ratio = l->compressor.ratio, iq = c->index_n_heads, entries = r->shape.context / ratio, n;
     entries = (entries + 64) / 64 * 64;
     DSV4_TRY(scratch(r, sizeof(float) * (size_t)entries, &n));
     float *scores = (float *)(void *)r->d->scratch;
@@ -177,7 +170,7 @@ static dsv4_status attend(const run *r, const struct dsv4_layer *l, const float 
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t heads = c->num_attention_heads, hd = c->head_dim, pairs = c->qk_rope_head_dim / 2, n;
-    int32_t most = l->kind == DSV4_SWA ? 0 : l->kind == DSV4_CSA ? c->index_topk : longest(r) / l->compressor.ratio;
+    int32_t most = l->kind == DSV4_SWA ? 0 : l->kind == DSV4_CSA ? c->index_topk : r->shape.context / l->compressor.ratio;
     int32_t max_key = (c->sliding_window + most + 63) / 64 * 64;
     size_t keys_bytes = sizeof(void *) * (size_t)max_key;
     DSV4_TRY(scratch(r, keys_bytes + DSV4_CUDA_ATTENTION_SCRATCH(1, heads, max_key) + 16, &n));
@@ -231,7 +224,7 @@ static dsv4_status attention(const run *r, const struct dsv4_layer *l, int32_t l
     const struct dsv4_device_buffers *b = &r->d->b;
     const float *cos = l->kind == DSV4_SWA ? b->cos_main : b->cos_comp;
     const float *sin = l->kind == DSV4_SWA ? b->sin_main : b->sin_comp;
-    int scored = l->kind == DSV4_CSA && dsv4_scores(r->p, layer);
+    int scored = dsv4_device_scored(r, l);
     DSV4_TRY(project_input(r, l, scored));
     DSV4_TRY(norm_and_store(r, l, layer, cos, sin));
     DSV4_TRY(make_queries(r, l, scored, cos, sin));
@@ -244,24 +237,34 @@ static dsv4_status attention(const run *r, const struct dsv4_layer *l, int32_t l
 
 /* ----------------------------------------------------------------------------------------------------------------- MoE */
 
-static dsv4_status moe(const run *r, const struct dsv4_device_layer *dl) {
+static int32_t tile_rows(const run *r) {
+    return r->n <= DSV4_CUDA_FEW_TILE ? DSV4_CUDA_FEW_TILE : DSV4_CUDA_MANY_TILE;
+}
+
+/* The experts of every token, and their rows. */
+static dsv4_status route(const run *r, const struct dsv4_layer *l) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
-    const struct dsv4_layer *l = &dl->l;
-    const dsv4_model *m = r->d->model;
-    int32_t n_exp = c->n_routed_experts, top_k = c->num_experts_per_tok, width = c->moe_intermediate_size;
-    int32_t d = c->hidden_size, rows = r->n * (top_k + 1), routed = r->n * top_k;
-    int32_t tile = r->n <= DSV4_CUDA_FEW_TILE ? DSV4_CUDA_FEW_TILE : DSV4_CUDA_MANY_TILE;
-    int32_t most = DSV4_CUDA_TILES(r->n, n_exp, top_k, tile);
-    const dsv4_bf16 *quant = m->options.numerics == DSV4_OFFICIAL ? b->u_quant : b->u_plain;
+    int32_t n_exp = c->n_routed_experts, top_k = c->num_experts_per_tok;
     LAUNCH(r, linear, .n_job = 1, .n_tok = r->n,
-           .jobs = {dsv4_linear_job(&l->gate, b->u_plain, b->router_logits, d, n_exp, 1)});
+           .jobs = {dsv4_linear_job(&l->gate, b->u_plain, b->router_logits, c->hidden_size, n_exp, 1)});
     LAUNCH(r, router, .ids = b->expert_ids, .weights = b->expert_weights, .scores = b->router_scores,
            .logits = b->router_logits, .bias = l->gate_bias, .table = l->tid2eid, .tokens = b->ids, .n_tok = r->n,
            .n_exp = n_exp, .top_k = top_k, .table_bytes = l->tid2eid_bytes, .route_scale = c->routed_scaling_factor);
     LAUNCH(r, group, .group_first = b->group_first, .row_tok = b->row_tok, .row_weight = b->row_weight,
            .tok_rows = b->tok_rows, .tiles = b->tiles, .n_tile = b->n_tile, .ids = b->expert_ids,
-           .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile);
+           .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile_rows(r));
+    return DSV4_OK;
+}
+
+static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl) {
+    const struct dsv4_config *c = config_of(r);
+    const struct dsv4_device_buffers *b = &r->d->b;
+    const dsv4_model *m = r->d->model;
+    int32_t top_k = c->num_experts_per_tok, width = c->moe_intermediate_size, d = c->hidden_size;
+    int32_t rows = r->n * (top_k + 1), routed = r->n * top_k, tile = tile_rows(r);
+    int32_t most = DSV4_CUDA_TILES(r->n, c->n_routed_experts, top_k, tile);
+    const dsv4_bf16 *quant = m->options.numerics == DSV4_OFFICIAL ? b->u_quant : b->u_plain;
     LAUNCH(r, experts, .w = {dl->w1, dl->w3}, .out = {b->gate_out, b->up_out}, .x_quant = quant, .x_plain = b->u_plain,
            .row_tok = b->row_tok, .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = width,
            .cols = d, .n_tok = r->n);
@@ -279,14 +282,17 @@ static dsv4_status moe(const run *r, const struct dsv4_device_layer *dl) {
 
 /* ----------------------------------------------------------------------------------------------------------- the layer */
 
-dsv4_status dsv4_device_layer(run *r, int32_t layer) {
-    const struct dsv4_device *d = r->d;
-    const struct dsv4_layer *l = &d->layers[layer].l;
-    r->pass.states = d->b.states + (size_t)layer * (size_t)r->p->n_piece;
-    DSV4_TRY(collapse(r, &l->hc_attn, l->attn_norm));
-    DSV4_TRY(attention(r, l, layer));
+dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
+    int32_t layer = half / 2;
+    const struct dsv4_device_layer *dl = &r->d->layers[layer];
+    if (half % 2) {
+        DSV4_TRY(experts(r, dl));
+        return spread(r);
+    }
+    r->pass.states = r->d->b.states + (size_t)layer * (size_t)r->p->n_piece;
+    DSV4_TRY(collapse(r, &dl->l.hc_attn, dl->l.attn_norm));
+    DSV4_TRY(attention(r, &dl->l, layer));
     DSV4_TRY(spread(r));
-    DSV4_TRY(collapse(r, &l->hc_ffn, l->ffn_norm));
-    DSV4_TRY(moe(r, &d->layers[layer]));
-    return spread(r);
+    DSV4_TRY(collapse(r, &dl->l.hc_ffn, dl->l.ffn_norm));
+    return route(r, &dl->l);
 }

@@ -43,7 +43,7 @@ static dsv4_status send_pass(run *r) {
     return DSV4_OK;
 }
 
-static dsv4_status enter(const run *r) {
+dsv4_status dsv4_device_enter(run *r) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t pairs = c->qk_rope_head_dim / 2;
@@ -73,13 +73,14 @@ static dsv4_status finish(const run *r) {
 }
 
 /* The pass through one stage. */
-static dsv4_status stage(dsv4_worker *w, run *r) {
+static dsv4_status stage(run *r) {
     DSV4_TRY(dsv4_device_prepare(r->d, r->err));
+    dsv4_graphs_find(r);
     DSV4_TRY(send_pass(r));
-    DSV4_TRY(enter(r));
-    for (int32_t i = r->d->first_layer; i < r->d->end_layer && !dsv4_cancelled(w); i++)
-        DSV4_TRY(dsv4_device_layer(r, i));
-    return finish(r);
+    DSV4_TRY(dsv4_device_segment(r, 2 * r->d->first_layer, 2 * r->d->end_layer));
+    DSV4_TRY(finish(r));
+    dsv4_graphs_done(r);
+    return DSV4_OK;
 }
 
 dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err) {
@@ -90,7 +91,7 @@ dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *
         return err->code;
     }
     for (int32_t i = 0; status == DSV4_OK && i < all->n; i++)
-        status = stage(w, &(run){.d = &all->stages[i], .p = p, .n = p->n_tok, .err = err});
+        status = stage(&(run){.d = &all->stages[i], .p = p, .w = w, .n = p->n_tok, .err = err});
     for (int32_t i = 0; status != DSV4_OK && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror);
     return status;

@@ -1,5 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the phases of a pass on the device share: device_pass.c begins and ends it, device_layer.c is what a layer launches. */
+/*
+ * What the phases of a pass on the device share: device_pass.c begins and ends it, device_graph.c captures and replays what
+ * is launched, device_layer.c is what a layer launches.
+ *
+ * A pass is a row of segments, each from one cut to the next: what is enqueued between two cuts is one graph.  Cuts lie
+ * between half layers: half 2 i is layer i up to the choice of its experts (all launches up to `group`), half 2 i + 1
+ * the rest.  Whoever needs the host in the middle of a pass runs the halves before it as a segment, enqueues copies and
+ * waits on the stream, and goes on with the next one.  Launches of a segment may depend on nothing but the shape of the
+ * pass (never on its positions, pieces or session states), and in a segment nobody allocates, waits or copies.
+ */
 #ifndef DSV4_DEVICE_RUN_H
 #define DSV4_DEVICE_RUN_H
 
@@ -9,8 +18,13 @@
 struct dsv4_device_run {
     struct dsv4_device *d;
     const struct dsv4_pass *p;
+    dsv4_worker *w;
     struct dsv4_cuda_pass pass; /* pointers of the device; states of the layer at work */
     int32_t n;
+    struct dsv4_device_shape shape;
+    struct dsv4_shape_graphs *graphs; /* of this shape; NULL: its launches are not captured */
+    int eager;                  /* never captured: somebody looks into the pass */
+    int capturing;
     dsv4_error *err;
 };
 
@@ -25,7 +39,22 @@ static inline struct dsv4_cuda_linear_job dsv4_linear_job(const struct dsv4_weig
     return (struct dsv4_cuda_linear_job){.w = *w, .x = x, .out = out, .ld_x = ld_x, .ld_out = ld_out, .out_f32 = out_f32};
 }
 
-/* Layer `layer` of the model, for the streams of the pass. */
-dsv4_status dsv4_device_layer(struct dsv4_device_run *r, int32_t layer);
+/* Angles and embedding. */
+dsv4_status dsv4_device_enter(struct dsv4_device_run *r);
+/* Half layer `half` of the model, for the streams of the pass. */
+dsv4_status dsv4_device_half_layer(struct dsv4_device_run *r, int32_t half);
+
+/* Whether tokens of the pass may see more entries of this layer than it selects. */
+static inline int dsv4_device_scored(const struct dsv4_device_run *r, const struct dsv4_layer *l) {
+    return l->kind == DSV4_CSA && l->compressor.ratio <= r->shape.scored_ratio;
+}
+
+/* device_graph.c: the shape of the pass, and its graphs if this shape was here before; once, before the first segment. */
+void dsv4_graphs_find(struct dsv4_device_run *r);
+/* Half layers [first, end), before the first one of the stage dsv4_device_enter: launched, captured and launched, or
+ * replayed. */
+dsv4_status dsv4_device_segment(struct dsv4_device_run *r, int32_t first, int32_t end);
+/* Once the pass has ended well: the next one of its shape is captured. */
+void dsv4_graphs_done(struct dsv4_device_run *r);
 
 #endif

@@ -125,6 +125,32 @@ static int event_done(void *event, int32_t *done) {
     return answer(cudaEventQuery((cudaEvent_t)event), done);
 }
 
+// Only this thread may do nothing that is illegal in a capture: others give back memory of sessions meanwhile.
+static int capture_begin(void *stream) {
+    return cudaStreamBeginCapture((cudaStream_t)stream, cudaStreamCaptureModeThreadLocal);
+}
+
+static int capture_end(void *stream, void **out) {
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t made = nullptr;
+    cudaError_t code = cudaStreamEndCapture((cudaStream_t)stream, &graph);
+    if (code == cudaSuccess && out)
+        code = cudaGraphInstantiate(&made, graph, 0);
+    if (graph)
+        cudaGraphDestroy(graph);
+    if (out)
+        *out = code == cudaSuccess ? made : nullptr;
+    return code;
+}
+
+static int graph_launch(void *graph, void *stream) {
+    return cudaGraphLaunch((cudaGraphExec_t)graph, (cudaStream_t)stream);
+}
+
+static int graph_destroy(void *graph) {
+    return graph ? cudaGraphExecDestroy((cudaGraphExec_t)graph) : cudaSuccess;
+}
+
 static const char *error_name(int code) {
     return cudaGetErrorName((cudaError_t)code);
 }
@@ -141,7 +167,7 @@ extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin 
         DSV4_CUDA_BUILT_FOR,
         {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
          upload, download, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
-         event_wait, event_done, error_name, error_text},
+         event_wait, event_done, capture_begin, capture_end, graph_launch, graph_destroy, error_name, error_text},
         {
 #define X(op) dsv4_cuda_##op,
             DSV4_CUDA_LAUNCHES(X)

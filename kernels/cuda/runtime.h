@@ -42,6 +42,16 @@ struct dsv4_cuda_runtime {
     int (*event_record)(void *event, void *stream);
     int (*event_wait)(void *event, void *stream);
     int (*event_done)(void *event, int32_t *done);
+    /*
+     * From capture_begin to capture_end, launches on this stream are noted and not executed; the calling thread may neither
+     * allocate, release, copy nor wait meanwhile.  capture_end makes a graph of them, which holds their arguments as
+     * they were; out NULL throws them away.  It ends the capture in any case; *out is NULL on
+     * failure.  A graph may be launched again once its last launch has ended, by one thread at a time.
+     */
+    int (*capture_begin)(void *stream);
+    int (*capture_end)(void *stream, void **out);
+    int (*graph_launch)(void *graph, void *stream);
+    int (*graph_destroy)(void *graph); /* NULL is legal */
     const char *(*error_name)(int code);
     const char *(*error_text)(int code);
 };

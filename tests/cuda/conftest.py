@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared libraries compiled for the tests."""
 
+import ctypes
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+import dsv4
+from dsv4 import devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,3 +56,31 @@ def host_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = folder / "host_plugin.so"
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(target)], check=True)
     return target
+
+
+@pytest.fixture
+def host_device(host_plugin: Path, shared_library: Callable[..., Path],
+                monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's plugin in place of the one that was built."""
+    monkeypatch.setattr(devices, "PLUGIN", host_plugin)
+    monkeypatch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
+
+
+@pytest.fixture
+def live(host_plugin: Path) -> Callable[[], int]:
+    """What the device still holds."""
+    function = ctypes.CDLL(str(host_plugin)).host_live
+    function.restype = ctypes.c_uint64
+    return function
+
+
+@pytest.fixture
+def cpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
+    with dsv4.load(nano("nano-flash"), device="cpu", threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+def gpu(host_device: None, nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
+    with dsv4.load(nano("nano-flash"), device="cuda", threads=2) as model:
+        yield model

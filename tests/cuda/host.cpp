@@ -166,21 +166,27 @@ void dsv4_host_copy_wait(int left) {
     f.copies.resize(n);
 }
 
-int dsv4_host_launch(void (*b)(const void *), const void *args, dim3 grid, unsigned threads, const char *name) {
+int dsv4_host_launch(void *stream, const dsv4_host_node &launch) {
+    dim3 grid = launch.grid;
+    unsigned threads = launch.threads;
+    kernel_name = launch.name;
+    if (threads % WARP || threads > MAX_THREADS || !threads)
+        fail("threads of a block are not whole warps");
+    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
+        fail("a grid that is empty or too large");
+    if (stream && ((dsv4_host_stream *)stream)->capturing) {
+        ((dsv4_host_stream *)stream)->nodes.push_back(launch);
+        return 0;
+    }
     if (!stacks)
         stacks = (unsigned char *)malloc((size_t)MAX_THREADS * STACK_BYTES);
-    kernel_body = b;
-    kernel_args = args;
-    kernel_name = name;
+    kernel_body = launch.body;
+    kernel_args = launch.args.data();
     n_threads = threads;
     gridDim = grid;
     blockDim = dim3(threads);
     unsigned turn = launches++;
     late_copies = turn / 2 % 2;
-    if (threads % WARP || threads > MAX_THREADS || !threads)
-        fail("threads of a block are not whole warps");
-    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
-        fail("a grid that is empty or too large");
     unsigned n_block = grid.x * grid.y * grid.z;
     for (unsigned i = 0; i < n_block; i++) {
         unsigned at = turn % 4 < 2 ? i : n_block - 1 - i;

@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <vector>
 
 struct dim3 {
     unsigned x, y, z;
@@ -26,7 +27,21 @@ const uint64_t *dsv4_host_exchange(uint64_t value);
 void dsv4_host_copy16(void *shared, const void *global);
 void dsv4_host_copy_commit();
 void dsv4_host_copy_wait(int left);
-int dsv4_host_launch(void (*body)(const void *), const void *args, dim3 grid, unsigned threads, const char *name);
+
+// A launch with its arguments as a kernel gets them.
+struct dsv4_host_node {
+    void (*body)(const void *);
+    std::vector<unsigned char> args;
+    dim3 grid;
+    unsigned threads;
+    const char *name;
+};
+// While it captures, launches are noted.  NULL is a stream that never does.
+struct dsv4_host_stream {
+    bool capturing;
+    std::vector<dsv4_host_node> nodes;
+};
+int dsv4_host_launch(void *stream, const dsv4_host_node &launch);
 
 void __syncthreads();
 static inline void __syncwarp(unsigned = ~0u) {
@@ -42,10 +57,12 @@ static inline void __threadfence_system() {
 #define DSV4_SHARED(type, name) type &name = *(type *)dsv4_host_shared(sizeof(type))
 #define DSV4_LAUNCH(kernel, grid, threads, stream, args)                                                               \
     do {                                                                                                               \
-        (void)(stream);                                                                                                \
         auto launch_args = args;                                                                                       \
-        int launch_code = dsv4_host_launch([](const void *p) { kernel(*(const decltype(launch_args) *)p); },           \
-                                           &launch_args, grid, threads, #kernel);                                      \
+        const unsigned char *launch_bytes = (const unsigned char *)&launch_args;                                       \
+        int launch_code =                                                                                              \
+            dsv4_host_launch(stream, {[](const void *p) { kernel(*(const decltype(launch_args) *)p); },                \
+                                      std::vector<unsigned char>(launch_bytes, launch_bytes + sizeof launch_args),     \
+                                      grid, threads, #kernel});                                                        \
         if (launch_code)                                                                                               \
             return launch_code;                                                                                        \
     } while (0)

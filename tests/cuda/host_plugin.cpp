@@ -5,13 +5,18 @@
 // before, and what is uploaded from memory that stays in place when somebody has waited for it; HOST_FAIL="allocate:3:2"
 // lets the third allocate fail with error 2, "flip:5:1" the fifth upload arrive with another bit; HOST_BYTES limits the
 // memory.
+//
+// Streams and graphs as on hardware: while a stream captures, its launches are noted and not executed, and what the
+// runtime forbids then (memory, waiting, copies, launches elsewhere) fails and spoils the capture.
 #include <map>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <string>
 #include <vector>
 
 #include "cuda/plugin.h"
+#include "host.h"
 
 namespace {
 
@@ -35,8 +40,10 @@ struct event {
 std::map<void *, uint64_t> blocks, in_place;
 std::map<void *, std::vector<copy>> copies; // of each stream
 std::vector<arrival> arrivals;
-std::map<const char *, int> calls;
-int streams, events;
+std::map<std::string, int> calls, totals;
+int streams, events, graphs;
+dsv4_host_stream *capturing;
+bool spoilt;
 
 // The error this call is to give; a count per name since HOST_FAIL was last changed.
 int fails(const char *name) {
@@ -44,6 +51,7 @@ int fails(const char *name) {
     const char *text = getenv("HOST_FAIL");
     char wanted[32];
     int nth, code;
+    totals[name]++;
     if (!text)
         text = "";
     if (!seen || strcmp(seen, text)) {
@@ -54,6 +62,12 @@ int fails(const char *name) {
     if (sscanf(text, "%31[^:]:%d:%d", wanted, &nth, &code) != 3 || strcmp(wanted, name))
         return 0;
     return ++calls[name] == nth ? code : 0;
+}
+
+// What a capture does not survive.
+int forbidden() {
+    spoilt = capturing;
+    return capturing ? 900 : 0;
 }
 
 uint64_t used() {
@@ -109,6 +123,8 @@ int free_bytes(uint64_t *out) {
 
 int allocate(void **out, uint64_t bytes) {
     *out = nullptr;
+    if (int code = forbidden())
+        return code;
     if (int code = fails("allocate"))
         return code;
     if (!bytes || bytes > total() - used())
@@ -120,6 +136,8 @@ int allocate(void **out, uint64_t bytes) {
 }
 
 int release(void *p) {
+    if (int code = p ? forbidden() : 0)
+        return code;
     if (p && !blocks.erase(p))
         return 1;
     free(p);
@@ -130,19 +148,23 @@ int stream_create(void **out) {
     *out = nullptr;
     if (int code = fails("stream_create"))
         return code;
-    *out = malloc(1);
+    *out = new dsv4_host_stream{};
     streams++;
     return 0;
 }
 
 int stream_destroy(void *stream) {
+    if (capturing == stream)
+        return forbidden();
     catch_up(stream);
-    free(stream);
+    delete (dsv4_host_stream *)stream;
     streams--;
     return 0;
 }
 
 int synchronize(void *stream) {
+    if (int code = forbidden())
+        return code;
     catch_up(stream);
     for (auto &a : arrivals)
         memcpy(a.to, a.bytes.data(), a.bytes.size());
@@ -151,6 +173,8 @@ int synchronize(void *stream) {
 }
 
 int upload(void *to, const void *from, uint64_t bytes, void *stream) {
+    if (int code = forbidden())
+        return code;
     if (bytes && !inside(blocks, to, bytes))
         return 1;
     if (inside(in_place, from, bytes)) {
@@ -165,6 +189,8 @@ int upload(void *to, const void *from, uint64_t bytes, void *stream) {
 }
 
 int download(void *to, const void *from, uint64_t bytes, void *stream) {
+    if (int code = forbidden())
+        return code;
     if (bytes && !inside(blocks, from, bytes))
         return 1;
     catch_up(stream);
@@ -174,6 +200,8 @@ int download(void *to, const void *from, uint64_t bytes, void *stream) {
 
 // Kernels use it where the host does; outside `blocks`, so that copies to and from it as memory of the device fail.
 int host_allocate(void **out, void **device, uint64_t bytes) {
+    if (int code = forbidden())
+        return code;
     *out = *device = nullptr;
     if (int code = fails("host_allocate"))
         return code;
@@ -184,6 +212,8 @@ int host_allocate(void **out, void **device, uint64_t bytes) {
 }
 
 int host_release(void *p) {
+    if (int code = forbidden())
+        return code;
     if (p && !in_place.erase(p))
         return 1;
     free(p);
@@ -191,6 +221,8 @@ int host_release(void *p) {
 }
 
 int stream_done(void *stream, int32_t *done) {
+    if (int code = forbidden())
+        return code;
     catch_up(stream);
     *done = 1;
     return fails("stream_done");
@@ -212,21 +244,74 @@ int event_destroy(void *e) {
 }
 
 int event_record(void *e, void *stream) {
+    if (int code = forbidden())
+        return code;
     *(event *)e = {stream, 0};
     return fails("event_record");
 }
 
 int event_wait(void *e, void *) {
+    if (int code = forbidden())
+        return code;
     catch_up(((event *)e)->stream);
     return fails("event_wait");
 }
 
 // The first who asks comes too early.
 int event_done(void *e, int32_t *done) {
+    if (int code = forbidden())
+        return code;
     *done = !copies.count(((event *)e)->stream) || ((event *)e)->asked++;
     if (*done)
         catch_up(((event *)e)->stream);
     return fails("event_done");
+}
+
+int capture_begin(void *stream) {
+    if (int code = fails("capture_begin"))
+        return code;
+    if (int code = forbidden())
+        return code;
+    capturing = (dsv4_host_stream *)stream;
+    capturing->capturing = true;
+    capturing->nodes.clear();
+    spoilt = false;
+    return 0;
+}
+
+int capture_end(void *stream, void **out) {
+    if (out)
+        *out = nullptr;
+    if (!capturing || capturing != stream)
+        return 1;
+    capturing->capturing = false;
+    capturing = nullptr;
+    int code = fails("capture_end");
+    if (code || spoilt || !out)
+        return code ? code : spoilt ? 901 : 0;
+    *out = new std::vector<dsv4_host_node>(((dsv4_host_stream *)stream)->nodes);
+    graphs++;
+    return 0;
+}
+
+int graph_launch(void *graph, void *stream) {
+    if (int code = forbidden())
+        return code;
+    if (int code = fails("graph_launch"))
+        return code;
+    catch_up(stream);
+    for (auto &node : *(std::vector<dsv4_host_node> *)graph)
+        if (int code = dsv4_host_launch(stream, node))
+            return code;
+    return 0;
+}
+
+int graph_destroy(void *graph) {
+    if (!graph)
+        return 0;
+    delete (std::vector<dsv4_host_node> *)graph;
+    graphs--;
+    return 0;
 }
 
 const char *error_name(int) {
@@ -239,8 +324,9 @@ const char *error_text(int) {
 
 #define X(op)                                                                                                          \
     int op(const struct dsv4_cuda_##op##_args *a, void *stream) {                                                      \
-        catch_up(stream);                                                                                              \
-        int code = fails(#op);                                                                                         \
+        if (!capturing)                                                                                                \
+            catch_up(stream);                                                                                          \
+        int code = capturing && capturing != stream ? forbidden() : fails(#op);                                        \
         return code ? code : dsv4_cuda_##op(a, stream);                                                                \
     }
 DSV4_CUDA_LAUNCHES(X)
@@ -252,9 +338,9 @@ DSV4_CUDA_LAUNCHES(X)
 
 extern "C" {
 
-// Bytes, streams and events that are not given back.
+// Bytes, streams, events and graphs that are not given back.
 EXPORTED uint64_t host_live(void) {
-    uint64_t sum = used() + (uint64_t)streams + (uint64_t)events;
+    uint64_t sum = used() + (uint64_t)streams + (uint64_t)events + (uint64_t)graphs;
     for (auto &block : in_place)
         sum += block.second;
     return sum;
@@ -265,6 +351,20 @@ EXPORTED uint64_t host_used(void) {
     return used();
 }
 
+// Graphs there are; whether a stream captures.
+EXPORTED int host_graphs(void) {
+    return graphs;
+}
+
+EXPORTED int host_captures(void) {
+    return capturing != nullptr;
+}
+
+// Calls of a function or an operation so far.
+EXPORTED int host_calls(const char *name) {
+    return totals[name];
+}
+
 EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
     static const struct dsv4_cuda_plugin plugin = {
         DSV4_CUDA_ABI,
@@ -273,7 +373,7 @@ EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
         "the host",
         {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
          upload, download, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
-         event_wait, event_done, error_name, error_text},
+         event_wait, event_done, capture_begin, capture_end, graph_launch, graph_destroy, error_name, error_text},
         {
 #define X(op) op,
             DSV4_CUDA_LAUNCHES(X)

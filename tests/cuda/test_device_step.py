@@ -2,55 +2,21 @@
 """Steps on the device, with the plugin's kernels executed on the CPU: the CPU's bits, or a refusal
 that leaves everything as it was."""
 
-import ctypes
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from steps import same, same_state
 
 import dsv4
-from dsv4 import devices, loading
+from dsv4 import loading
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+pytestmark = [pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
+              pytest.mark.usefixtures("host_device")]
 IDS = np.random.default_rng(7).integers(0, 256, 400)
-
-
-@pytest.fixture(autouse=True)
-def device(host_plugin: Path, shared_library: Callable[..., Path],
-           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "PLUGIN", host_plugin)
-    monkeypatch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
-
-
-@pytest.fixture
-def live(host_plugin: Path) -> Callable[[], int]:
-    """What the device still holds."""
-    function = ctypes.CDLL(str(host_plugin)).host_live
-    function.restype = ctypes.c_uint64
-    return function
-
-
-@pytest.fixture
-def cpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
-    with dsv4.load(nano("nano-flash"), device="cpu", threads=1) as model:
-        yield model
-
-
-@pytest.fixture
-def gpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
-    with dsv4.load(nano("nano-flash"), device="cuda", threads=2) as model:
-        yield model
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
-
-
-def same_state(a: dsv4.Session, b: dsv4.Session) -> bool:
-    return np.array_equal(a._core.fixed(), b._core.fixed())
 
 
 def test_prompt_and_tokens(cpu: dsv4.Model, gpu: dsv4.Model) -> None:

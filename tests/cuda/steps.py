@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of steps on the device compare."""
+
+import numpy as np
+
+import dsv4
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def same_state(a: dsv4.Session, b: dsv4.Session) -> bool:
+    """Rings, and the compressed and index rows of every layer."""
+    if a.position != b.position or not np.array_equal(a._core.fixed(), b._core.fixed()):
+        return False
+    config = a.model.config
+    for layer in range(config.num_hidden_layers):
+        ratio = config.compress_ratios[layer]
+        for kind in (1, 2)[:0 if ratio == 0 else 2 if ratio == 4 else 1]:
+            wanted = (layer, kind, 0, a.position // ratio)
+            if not np.array_equal(a._core.rows(*wanted), b._core.rows(*wanted)):
+                return False
+    return True
