@@ -30,8 +30,8 @@ MODULES = sorted((ROOT / "dsv4").rglob("*.py"))
 INSTRUCTION_SETS = {"avx2", "avx512", "avx512vnni", "avx512bf16"}
 
 # what the engine may use of the kernels, wherever it lies in the engine
-TABLE = {"kernels/kernels.h", "kernels/types.h", "kernels/functions.h", "kernels/cpu/dispatch.h",
-         "kernels/machine_limits.h"}
+TABLE = {"kernels/kernels.h", "kernels/types.h", "kernels/functions.h", "kernels/sampling.h",
+         "kernels/cpu/dispatch.h", "kernels/machine_limits.h"}
 # folder, or file -> folders and files it may include; files have the first word.  Values of model/
 # live in gen/ (a layer reads and writes KV rows), and sessions in gen/ are made for a model.
 MAY_INCLUDE = {
@@ -51,7 +51,7 @@ MAY_INCLUDE = {
     "csrc/python/py_kernels.c": {"csrc/python", *TABLE},
     # the measuring door: times them on a team of its own
     "csrc/python/py_limits.c": {"csrc/python", "csrc/backend", *TABLE},
-    "kernels": {"kernels/types.h", "kernels/kernels.h"},
+    "kernels": {"kernels/types.h", "kernels/kernels.h", "kernels/functions.h"},
     "kernels/cuda": {*TABLE, "kernels/cuda"},
     "kernels/cpu": {*TABLE, "kernels/cpu/"},
     "kernels/cpu/ref": {*TABLE, "kernels/cpu/ref"},

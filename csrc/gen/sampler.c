@@ -6,14 +6,12 @@
  */
 #include "gen/sampler.h"
 
-#include "functions.h"
+#include "sampling.h"
 
 #include <stdlib.h>
 
 /* Widths of the three digits that a 32-bit key is cut into, from the top: 11, 11, 10. */
 enum { FIRST_SHIFT = 21, SECOND_SHIFT = 10, N_BINS = 1 << 11 };
-
-#define ONE 0x1p42 /* the weight of the best token */
 
 struct dsv4_sampler {
     struct dsv4_sampling p; /* its four arrays are owned */
@@ -31,37 +29,11 @@ struct dsv4_sampler {
     uint64_t bins[N_BINS];
 };
 
-void dsv4_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
-    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-    uint32_t k0 = key[0], k1 = key[1];
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xd2511f53u * c0, b = (uint64_t)0xcd9e8d57u * c2;
-        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
-        c1 = (uint32_t)b;
-        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-        c3 = (uint32_t)a;
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
-    }
-    out[0] = c0;
-    out[1] = c1;
-    out[2] = c2;
-    out[3] = c3;
-}
-
 /* ---------------------------------------------------------------------------- order and weights */
-
-/* Unsigned keys in the order of the floats; -0 equals +0, a NaN equals -infinity. */
-static uint32_t order_key(float v) {
-    uint32_t u = dsv4_f32_bits(v + 0.0f);
-    if (v != v)
-        return 0x007fffffu;
-    return u ^ ((0u - (u >> 31)) | 0x80000000u); /* negative: all bits, else the sign bit */
-}
 
 /* Distinct for distinct ids; the better token has the higher rank. */
 static uint64_t order_rank(const float *v, int32_t id) {
-    return (uint64_t)order_key(v[id]) << 32 | (0xffffffffu - (uint32_t)id);
+    return (uint64_t)dsv4_order_key(v[id]) << 32 | (0xffffffffu - (uint32_t)id);
 }
 
 static int32_t best_of(const float *v, int32_t n) {
@@ -76,38 +48,10 @@ static int32_t best_of(const float *v, int32_t n) {
     return best;
 }
 
-/*
- * exp(x) = 2^n * exp(r) with the Taylor series to r^11, |r| < 0.347: the next term is below 2^-47.
- * Not dsv4_expf: its fused multiply-adds are library calls in files that are compiled for every
- * CPU, and cost three times as much over a row.
- */
-uint64_t dsv4_softmax_weight(double x) {
-    x = x > -29.2 ? x : -29.2; /* exp(-29.2) < 2^-42: all from here down have weight 0 */
-    double t = x * 0x1.71547652b82fep0 + DSV4_ROUND_F64, n = t - DSV4_ROUND_F64;
-    double r = x - n * 0x1.62e42fefa0000p-1; /* 37 bits of ln 2: the product is exact */
-    r -= n * 0x1.cf79abc9e3b3ap-40;
-    double p = 1.0 / 39916800.0;
-    p = p * r + 1.0 / 3628800.0;
-    p = p * r + 1.0 / 362880.0;
-    p = p * r + 1.0 / 40320.0;
-    p = p * r + 1.0 / 5040.0;
-    p = p * r + 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    p = p * r + 1.0;
-    p = p * r + 1.0;
-    /* The low bits of t are n in two's complement: shifted, the exponent field of 2^(42 + n). */
-    return (uint64_t)(int64_t)(p * dsv4_f64_from_bits((dsv4_f64_bits(t) + 42 + 1023) << 52));
-}
-
 /* Weights of all tokens that reach min_p, zero for the others; returns their sum. */
 static uint64_t weigh(dsv4_sampler *s, const float *v, float max) {
     double inverse = 1.0 / (double)s->p.temperature, high = (double)max;
-    uint64_t total = 0, least = (uint64_t)(int64_t)((double)s->p.min_p * ONE);
-    if ((double)least < (double)s->p.min_p * ONE)
-        least++;
+    uint64_t total = 0, least = dsv4_least_weight(s->p.min_p);
     for (int32_t id = 0; id < s->vocab; id++) {
         uint64_t w = dsv4_softmax_weight(((double)v[id] - high) * inverse);
         w = w >= least ? w : 0;
@@ -138,7 +82,7 @@ static int32_t keep_best(dsv4_sampler *s, const float *v, int32_t n, uint64_t ta
         uint32_t low = digit == 2 ? (1u << SECOND_SHIFT) - 1 : N_BINS - 1, bin = low;
         memset(s->bins, 0, sizeof s->bins);
         for (int32_t i = 0; i < n; i++) {
-            uint32_t key = order_key(v[s->kept[i]]);
+            uint32_t key = dsv4_order_key(v[s->kept[i]]);
             if ((key & known) == last)
                 s->bins[key >> shift & low] += share(s, s->kept[i], by_weight);
         }
@@ -150,7 +94,7 @@ static int32_t keep_best(dsv4_sampler *s, const float *v, int32_t n, uint64_t ta
     int32_t n_left = 0;
     for (int32_t i = 0; i < n; i++) {
         int32_t id = s->kept[i];
-        uint32_t key = order_key(v[id]);
+        uint32_t key = dsv4_order_key(v[id]);
         if (key < last || (key == last && target == 0))
             continue;
         if (key == last) {
@@ -181,28 +125,13 @@ static int32_t filter(dsv4_sampler *s, const float *v, uint64_t *total) {
         *total = sum_kept(s, n);
     }
     if (s->p.top_p < 1.0f) {
-        double part = (double)s->p.top_p * (double)*total;
-        uint64_t target = (uint64_t)(int64_t)part;
-        if ((double)target < part)
-            target++;
-        n = keep_best(s, v, n, target, 1);
+        n = keep_best(s, v, n, dsv4_top_p_target(s->p.top_p, *total), 1);
         *total = sum_kept(s, n);
     }
     return n;
 }
 
 /* ------------------------------------------------------------------------------------- the draw */
-
-/* floor(r * total / 2^64), r the 64 random bits of this answer and position. */
-static uint64_t draw_below(const dsv4_sampler *s, int64_t position, uint64_t total) {
-    __extension__ typedef unsigned __int128 wide;
-    const uint32_t counter[4] = {(uint32_t)position, (uint32_t)((uint64_t)position >> 32),
-                                 s->p.choice, 0};
-    const uint32_t key[2] = {(uint32_t)s->p.seed, (uint32_t)(s->p.seed >> 32)};
-    uint32_t r[4];
-    dsv4_philox(r, counter, key);
-    return (uint64_t)((wide)((uint64_t)r[1] << 32 | r[0]) * total >> 64);
-}
 
 static int32_t choose(dsv4_sampler *s, const float *v, int64_t position) {
     int32_t best = best_of(v, s->vocab), n = s->vocab;
@@ -211,7 +140,7 @@ static int32_t choose(dsv4_sampler *s, const float *v, int64_t position) {
     uint64_t total = weigh(s, v, v[best]);
     if (s->kept)
         n = filter(s, v, &total);
-    uint64_t left = draw_below(s, position, total);
+    uint64_t left = dsv4_draw_below(s->p.seed, s->p.choice, position, total);
     for (int32_t i = 0; i < n; i++) {
         int32_t id = s->kept ? s->kept[i] : i;
         if (left < s->weights[id])
@@ -223,10 +152,15 @@ static int32_t choose(dsv4_sampler *s, const float *v, int64_t position) {
 
 /* -------------------------------------------------------------------------- edits of the logits */
 
+/* Whether no stop id may come yet. */
+static int is_too_short(const dsv4_sampler *s) {
+    return s->n_output < s->p.min_new_tokens && s->p.n_stop_ids > 0;
+}
+
 /* The values of all tokens: the logits themselves when nothing edits them. */
 static const float *edit(dsv4_sampler *s, const float *logits) {
     const struct dsv4_sampling *p = &s->p;
-    int too_short = s->n_output < p->min_new_tokens && p->n_stop_ids > 0;
+    int too_short = is_too_short(s);
     float *v = s->values;
     if (!too_short && p->n_bias == 0 && s->n_seen == 0)
         return logits;
@@ -236,12 +170,9 @@ static const float *edit(dsv4_sampler *s, const float *logits) {
     for (int32_t i = 0; too_short && i < p->n_stop_ids; i++)
         v[p->stop_ids[i]] = -HUGE_VALF;
     for (int32_t i = 0; i < s->n_seen; i++) {
-        int32_t id = s->seen[i], count = s->n_produced[id];
-        float x = v[id];
-        x = x > 0.0f ? x / p->repetition_penalty : x * p->repetition_penalty;
-        x -= p->frequency_penalty * (float)count;
-        x -= count > 0 ? p->presence_penalty : 0.0f;
-        v[id] = x;
+        int32_t id = s->seen[i];
+        v[id] = dsv4_penalised(v[id], s->n_produced[id], p->repetition_penalty,
+                               p->frequency_penalty, p->presence_penalty);
     }
     return v;
 }
@@ -277,18 +208,69 @@ static enum dsv4_finish finish_after(const dsv4_sampler *s, int32_t token) {
 void dsv4_sampler_sample(dsv4_sampler *s, const float *logits, int64_t position,
                          struct dsv4_sample *out) {
     const struct dsv4_sampling *p = &s->p;
-    int32_t token, k = p->logprobs;
+    int32_t token;
+    float logprob = 0.0f;
     if (s->n_output < p->n_force)
         token = p->force[s->n_output];
     else
         token = choose(s, edit(s, logits), position);
-    *out = (struct dsv4_sample){.token = token};
-    if (k >= 0) {
-        out->logprob = dsv4_logprobs(s->top_ids, s->top_logprobs, logits, s->vocab, token, k);
-        out->n_top = k;
-        out->top_ids = s->top_ids;
-        out->top_logprobs = s->top_logprobs;
+    if (p->logprobs >= 0)
+        logprob = dsv4_logprobs(s->top_ids, s->top_logprobs, logits, s->vocab, token, p->logprobs);
+    dsv4_sampler_take(s, token, logprob, s->top_ids, s->top_logprobs, out);
+}
+
+/* -------------------------------------------------------------------- a choice made elsewhere */
+
+/* Copies n elements of 4 bytes; the address after them. */
+static int32_t *put(int32_t *to, const void *from, int32_t n) {
+    if (n > 0)
+        memcpy(to, from, (size_t)n * sizeof *to);
+    return to + n;
+}
+
+int32_t dsv4_sampler_pack(const dsv4_sampler *s, int64_t position, struct dsv4_draw *out,
+                          int32_t *lists, int32_t room) {
+    const struct dsv4_sampling *p = &s->p;
+    int forced = s->n_output < p->n_force;
+    *out = (struct dsv4_draw){.seed = p->seed,
+                              .position = position,
+                              .temperature = p->temperature,
+                              .top_p = p->top_p,
+                              .min_p = p->min_p,
+                              .repetition = p->repetition_penalty,
+                              .frequency = p->frequency_penalty,
+                              .presence = p->presence_penalty,
+                              .choice = p->choice,
+                              .top_k = p->top_k,
+                              .forced = forced ? p->force[s->n_output] : -1,
+                              .logprobs = p->logprobs,
+                              .n_bias = forced ? 0 : p->n_bias,
+                              .n_stop = !forced && is_too_short(s) ? p->n_stop_ids : 0,
+                              .n_seen = forced ? 0 : s->n_seen};
+    int64_t wanted = 2 * ((int64_t)out->n_bias + out->n_seen) + out->n_stop;
+    if (wanted > room)
+        return -1;
+    lists = put(lists, p->bias_ids, out->n_bias);
+    lists = put(lists, p->bias_values, out->n_bias);
+    lists = put(lists, p->stop_ids, out->n_stop);
+    lists = put(lists, s->seen, out->n_seen);
+    for (int32_t i = 0; i < out->n_seen; i++)
+        lists[i] = s->n_produced[s->seen[i]];
+    return (int32_t)wanted;
+}
+
+void dsv4_sampler_take(dsv4_sampler *s, int32_t token, float logprob, const int32_t *top_ids,
+                       const float *top_logprobs, struct dsv4_sample *out) {
+    int32_t k = s->p.logprobs > 0 ? s->p.logprobs : 0;
+    if (top_ids != s->top_ids) {
+        put(s->top_ids, top_ids, k);
+        memcpy(s->top_logprobs, top_logprobs, (size_t)k * sizeof *top_logprobs);
     }
+    *out = (struct dsv4_sample){.token = token,
+                                .logprob = logprob,
+                                .n_top = k,
+                                .top_ids = s->top_ids,
+                                .top_logprobs = s->top_logprobs};
     dsv4_sampler_seen(s, &token, 1, 0);
     out->finish = finish_after(s, token);
 }
@@ -337,14 +319,13 @@ float dsv4_logprobs(int32_t *ids, float *logprobs, const float *logits, int32_t 
     uint64_t total = 0;
     for (int32_t i = 0; i < vocab; i++)
         total += dsv4_softmax_weight((double)logits[i] - high);
-    /* log1p, since f32 would lose a small rest beside the best token's 1. */
-    double log_sum = (double)dsv4_log1pf((float)((double)total / ONE - 1.0));
+    double log_sum = dsv4_log_sum(total);
     if (k > 0) {
         best_first(ids, logits, vocab, k);
         for (int32_t i = 0; i < k; i++)
-            logprobs[i] = (float)((double)logits[ids[i]] - high - log_sum);
+            logprobs[i] = dsv4_logprob(logits[ids[i]], high, log_sum);
     }
-    return (float)((double)logits[id] - high - log_sum);
+    return dsv4_logprob(logits[id], high, log_sum);
 }
 
 /* ------------------------------------------------------------------------------------- creation */
@@ -423,6 +404,37 @@ static int own(void *out, const void *from, int32_t n, size_t size) {
     return n <= 0 || copy != NULL;
 }
 
+struct bias {
+    int32_t id, at;
+    float value;
+};
+
+static int by_id(const void *a, const void *b) {
+    const struct bias *x = a, *y = b;
+    return x->id != y->id ? (x->id > y->id) - (x->id < y->id) : x->at - y->at;
+}
+
+/* Biases by ascending id, those of one id in their order; returns 0 out of memory. */
+static int sort_biases(struct dsv4_sampling *p, const int32_t *ids, const float *values) {
+    size_t n = (size_t)p->n_bias;
+    struct bias *list = malloc((n + 1) * sizeof *list);
+    int32_t *sorted_ids = malloc((n + 1) * sizeof *sorted_ids);
+    float *sorted_values = malloc((n + 1) * sizeof *sorted_values);
+    for (size_t i = 0; list && i < n; i++)
+        list[i] = (struct bias){ids[i], (int32_t)i, values[i]};
+    if (list)
+        qsort(list, n, sizeof *list, by_id);
+    for (size_t i = 0; list && sorted_ids && sorted_values && i < n; i++) {
+        sorted_ids[i] = list[i].id;
+        sorted_values[i] = list[i].value;
+    }
+    int there = list && sorted_ids && sorted_values;
+    free(list);
+    p->bias_ids = sorted_ids;
+    p->bias_values = sorted_values;
+    return there;
+}
+
 dsv4_status dsv4_sampler_create(dsv4_sampler **out, int32_t vocab,
                                 const struct dsv4_sampling *params, dsv4_error *err) {
     DSV4_TRY(check_all(params, vocab, err));
@@ -438,8 +450,7 @@ dsv4_status dsv4_sampler_create(dsv4_sampler **out, int32_t vocab,
     int draws = p->temperature > 0.0f, filters = draws && (p->top_k > 0 || p->top_p < 1.0f);
     /* Every one is called, so that each pointer is owned or NULL when the sampler is destroyed. */
     int there = own(&p->stop_ids, p->stop_ids, p->n_stop_ids, sizeof *p->stop_ids);
-    there &= own(&p->bias_ids, p->bias_ids, p->n_bias, sizeof *p->bias_ids);
-    there &= own(&p->bias_values, p->bias_values, p->n_bias, sizeof *p->bias_values);
+    there &= sort_biases(p, params->bias_ids, params->bias_values);
     there &= own(&p->force, p->force, p->n_force, sizeof *p->force);
     there &= own(&s->values, NULL, edits ? vocab : 0, sizeof *s->values);
     there &= own(&s->weights, NULL, draws ? vocab : 0, sizeof *s->weights);

@@ -97,6 +97,18 @@ void dsv4_sampler_seen(dsv4_sampler *s, const int32_t *ids, int32_t n, int is_pr
 void dsv4_sampler_sample(dsv4_sampler *s, const float *logits, int64_t position,
                          struct dsv4_sample *out);
 
+struct dsv4_draw; /* kernels/sampling.h */
+
+/*
+ * What dsv4_sampler_sample would choose at `position`, for whoever chooses elsewhere: *out and its
+ * lists, of which there may be `room` int32.  Returns how many it took, or -1 if there are more.
+ */
+int32_t dsv4_sampler_pack(const dsv4_sampler *s, int64_t position, struct dsv4_draw *out,
+                          int32_t *lists, int32_t room);
+/* Takes note of that choice; arrays [logprobs] as dsv4_logprobs gives them. */
+void dsv4_sampler_take(dsv4_sampler *s, int32_t token, float logprob, const int32_t *top_ids,
+                       const float *top_logprobs, struct dsv4_sample *out);
+
 /*
  * log-softmax of logits [vocab] at id (returned) and at the k best ids, best first (ids [k],
  * logprobs [k]; both may be NULL with k = 0), k <= vocab <= DSV4_SAMPLER_MAX_VOCAB: l - l_max -
@@ -105,14 +117,5 @@ void dsv4_sampler_sample(dsv4_sampler *s, const float *logits, int64_t position,
  */
 float dsv4_logprobs(int32_t *ids, float *logprobs, const float *logits, int32_t vocab, int32_t id,
                     int32_t k);
-
-/*
- * floor(2^42 * exp(x)) for x <= 0, the exponential within 2^-46 of itself; a NaN gives 0.  The same
- * plain double additions and multiplications on every machine.
- */
-uint64_t dsv4_softmax_weight(double x);
-
-/* Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. */
-void dsv4_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
 
 #endif

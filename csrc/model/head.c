@@ -28,7 +28,7 @@ static int hidden_rows(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, 
     return 0;
 }
 
-static int finite(const float *x, int64_t n) {
+static int all_finite(const float *x, int64_t n) {
     uint32_t worst = 0;
     for (int64_t i = 0; i < n; i++) {
         uint32_t u = dsv4_f32_bits(x[i]) & 0x7fffffffu;
@@ -68,7 +68,7 @@ static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_
     for (int32_t i = 0; i < n; i++) {
         const float *row = p->ws->logits + (ptrdiff_t)i * vocab;
         int none = INT_MAX; /* a layer found before stays */
-        if (!finite(row + lo, hi - lo))
+        if (!all_finite(row + lo, hi - lo))
             atomic_compare_exchange_strong(p->bad_layer, &none, p->m->config.num_hidden_layers);
         if (wanted[i].logits)
             memcpy(wanted[i].logits + lo, row + lo, (size_t)(hi - lo) * sizeof *row);

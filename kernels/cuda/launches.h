@@ -14,6 +14,7 @@
 #define DSV4_CUDA_LAUNCHES_H
 
 #include "kernels.h"
+#include "sampling.h"
 
 /* ---------------------------------------------------------------------------------------------------- linear layers */
 
@@ -378,12 +379,34 @@ struct dsv4_cuda_finite_args {
     int32_t layer, f32;
 };
 
-/* The best token of each row of logits: the higher value, then the lower id; a NaN is never one. */
-struct dsv4_cuda_argmax_args {
-    int32_t *ids;
-    const float *logits; /* [n_row][n] */
-    int32_t n_row, n;
+/* ---------------------------------------------------------------------------------------------------------- sampling */
+
+enum { DSV4_CUDA_ALTERNATIVES = 1024 }; /* most log-probabilities of a row beside its token's */
+
+/* One choice; what it reads and writes beside its number in the arrays below. */
+struct dsv4_cuda_draw {
+    struct dsv4_draw d;
+    int32_t row;   /* of the logits */
+    int32_t lists; /* where its lists begin */
+    int32_t top;   /* where its alternatives begin; d.logprobs of them, at most DSV4_CUDA_ALTERNATIVES */
 };
+
+/* The next token of each draw, as csrc/gen/sampler.h has it, and log-probabilities of what its logits were. */
+struct dsv4_cuda_sample_args {
+    int32_t *tokens;     /* [n_draw] */
+    float *logprobs;     /* [n_draw]; where asked for */
+    int32_t *top_ids;    /* best first, like the next */
+    float *top_logprobs;
+    const float *logits; /* [rows][n] */
+    const struct dsv4_cuda_draw *draws; /* [n_draw] */
+    const int32_t *lists;
+    void *scratch;       /* DSV4_CUDA_SAMPLE_SCRATCH bytes, 8-byte aligned */
+    int32_t n_draw, n;   /* n <= 2^20 */
+    int32_t needs;       /* dsv4_draw_needs of all draws, or'ed */
+};
+/* Of each draw: a weight and a value per token, four sums per 1,024 tokens, and what finding the best takes. */
+#define DSV4_CUDA_SAMPLE_SCRATCH(n_draw, n)                                                                            \
+    ((size_t)(n_draw) * ((size_t)12 * (size_t)(n) + 4 + 32 * (((size_t)(n) + 1023) / 1024) + 107008))
 
 /* --------------------------------------------------------------------------------------------------------- the table */
 
@@ -417,7 +440,7 @@ struct dsv4_cuda_argmax_args {
     X(receive)                                                                                                         \
     X(embed)                                                                                                           \
     X(finite)                                                                                                          \
-    X(argmax)
+    X(sample)
 
 struct dsv4_cuda_launches {
 #define X(op) int (*op)(const struct dsv4_cuda_##op##_args *a, void *stream);

@@ -6,6 +6,7 @@
 #include "check.h"
 
 #include "gen/sampler.h"
+#include "sampling.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests" / "c"))
 from build import setup_constants  # noqa: E402
 
 INCLUDE = [f"-I{ROOT / folder}" for folder in (
-    ".", "kernels", "kernels/cuda", "kernels/cpu/ref", "tests/cuda", "tests/c")]
+    ".", "kernels", "kernels/cuda", "kernels/cpu/ref", "csrc", "tests/cuda", "tests/c")]
 C_FLAGS = ["-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off"]
 C_WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wundef", "-Werror"]
 # most registers a thread and bytes of shared memory a block of any kernel in a file may use, on
@@ -39,6 +39,7 @@ BUDGETS = {
     "linear_many": (255, 26000),
     "moe": (48, 9000),
     "rows": (48, 9000),
+    "sampler": (64, 19000),
     "state": (64, 16000),
 }
 # files without kernels
@@ -74,7 +75,8 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
         "const struct check_family check_families[] = {",
         *(f'    {{"{name}", check_{name}}},' for name in names), "    {0, 0}};", ""]))
     c_files = [*(ROOT / "kernels" / "cpu").glob("*.c"), *(ROOT / "kernels/cpu/ref").glob("*.c"),
-               ROOT / "tests" / "c" / "check.c", *HERE.glob("*.c"), table]
+               ROOT / "tests" / "c" / "check.c", *HERE.glob("*.c"), table,
+               ROOT / "csrc" / "core" / "status.c", ROOT / "csrc" / "gen" / "sampler.c"]
     kernels = [p for p in (ROOT / "kernels" / "cuda").glob("*.cu") if p.stem in BUDGETS]
     commands, objects = [], []
     for source in sorted([*c_files, *kernels, HERE / "host.cpp"]):

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Embedding, the look for values that are not finite, the best token. */
+/* Embedding, the look for values that are not finite. */
 #include <math.h>
 
 #include "check_cuda.h"
@@ -48,31 +48,9 @@ static void all_finite(size_t n, int f32, int bad_one) {
     check_reset();
 }
 
-static void argmax(int32_t n_row, int32_t n, int odd) {
-    float *logits = check_aligned(4 * (size_t)(n_row * n), 4);
-    int32_t *ids = check_aligned(4 * (size_t)n_row, 4);
-    static const float values[] = {-0.0f, 0.0f, -1.0f, -INFINITY};
-    check_fill_f32(logits, (size_t)(n_row * n), CHECK_NORMAL);
-    for (int32_t i = 0; odd && i < n_row * n; i++)
-        logits[i] = check_below(5) ? values[odd == 3 ? 3 : check_below(4)] : NAN;
-    RUN(argmax, .ids = ids, .logits = logits, .n_row = n_row, .n = n);
-    for (int32_t r = 0; r < n_row; r++) { /* as the sampler has it */
-        int32_t best = 0;
-        float high = -INFINITY;
-        for (int32_t i = 0; i < n; i++)
-            if (logits[r * n + i] > high) {
-                high = logits[r * n + i];
-                best = i;
-            }
-        check_true(ids[r] == best, "argmax: got %d, wanted %d", ids[r], best);
-    }
-    check_reset();
-}
-
 void check_ends(void) {
     for (int i = 0; i < 30; i++) {
         embed(between(1, 4), between(1, 5), between(1, 300), i % 2);
         all_finite((size_t)between(1, i % 5 ? 1000 : 300000), i % 2, i % 3);
-        argmax(between(1, 3), between(1, 900), i % 4);
     }
 }
