@@ -326,7 +326,7 @@ int dsv4_model_value(const dsv4_model *model, int32_t layer, int32_t value, stru
 
 /* Where a value goes: `rows` rows as above one after another; the first is that of the segment's first token. */
 struct dsv4_tap {
-    void *out;     /* NULL: not asked for */
+    void *out;     /* NULL: not asked for; memory of the host, or of the layer's device where the segment says so */
     int64_t rows;
     int32_t width; /* 0 unless the value widens */
 };
@@ -344,6 +344,9 @@ struct dsv4_segment {
     int32_t n;
     int32_t want; /* enum dsv4_logits */
     const struct dsv4_tap *taps; /* [layers][DSV4_VALUES], or NULL; undefined contents when the step fails */
+    /* 1: taps lie on the model's device (dsv4_memory_create).  Not in a step that the CPU computes: one with an edited
+     * session, or with a tap of ATTENTION_WEIGHTS. */
+    int32_t taps_on_device;
 };
 
 /* Where the time of a step goes, as its first worker sees it; the first four are linear layers by weight format. */

@@ -9,6 +9,7 @@
 
 #include "gen/session.h"
 #include "model/call.h"
+#include "model/device_sites.h"
 #include "model/edit.h"
 #include "model/experts.h"
 #include "model/part.h"
@@ -55,9 +56,11 @@ struct dsv4_run {
 /* ---------------------------------------------------------------------------------------------- planning the passes */
 
 static void add_piece(dsv4_run *r, struct dsv4_kv *kv, const dsv4_edit *edit, const int32_t *ids, int32_t n,
-                      int32_t position, const struct dsv4_tap *taps, int32_t row) {
+                      int32_t position, const struct dsv4_tap *taps, int taps_on_device, int32_t row) {
     struct dsv4_pass *p = &r->pass;
-    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, taps, row, edit};
+    if (taps_on_device && r->diagnose)
+        taps = NULL; /* the CPU looks for a bad layer: what is copied is of no interest any more */
+    p->pieces[p->n_piece] = (struct dsv4_piece){kv, p->n_tok, n, position, taps, taps_on_device, row, edit};
     p->edited |= edit != NULL;
     for (int32_t i = 0; i < n; i++) {
         r->kept.ids[p->n_tok + i] = ids ? ids[i] : 0; /* the head reads none */
@@ -88,7 +91,8 @@ static int plan_alone(dsv4_run *r) {
     struct dsv4_pass *p = &r->pass;
     int32_t chunk = r->model->options.chunk_tok, n = r->n_tok - r->offset < chunk ? r->n_tok - r->offset : chunk;
     if (n > 0)
-        add_piece(r, r->kv, NULL, r->token_ids ? r->token_ids + r->offset : NULL, n, r->offset, r->taps, r->offset);
+        add_piece(r, r->kv, NULL, r->token_ids ? r->token_ids + r->offset : NULL, n, r->offset, r->taps, 0,
+                  r->offset);
     for (int32_t i = 0; r->logits && i < n; i++)
         p->wanted[p->n_wanted++] = (struct dsv4_wanted){
             .logits = r->logits + (size_t)(r->offset + i) * (size_t)r->model->config.vocab_size, .tok = i};
@@ -109,7 +113,7 @@ static int plan_pass(dsv4_run *r) {
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
         want_rows(r, s, r->offset, n, p->n_tok);
         add_piece(r, s->session->kv, s->session->edit, s->ids + r->offset, n, s->session->kv->position + r->offset,
-                  s->taps, r->offset);
+                  s->taps, s->taps_on_device, r->offset);
         r->offset += n;
         if (r->offset == s->n) {
             r->segment++;
@@ -150,7 +154,7 @@ static void begin_pass(dsv4_run *r) {
         return;
     if (r->model->cache)
         dsv4_experts_begin(p);
-    p->on_device = r->model->pipeline && r->segments && !p->asked && !p->edited && !p->diagnose;
+    p->on_device = r->model->pipeline && r->segments && !p->edited && !p->diagnose && dsv4_device_sees(p);
     for (int32_t i = 0; r->segments && !p->on_device && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror); /* the host's state moves on alone */
 }
@@ -308,6 +312,29 @@ static dsv4_status run_create(dsv4_run **out, dsv4_model *m, float *seconds, str
     return DSV4_OK;
 }
 
+static int asks_weights(const dsv4_run *r, const struct dsv4_tap *taps) {
+    for (int32_t i = 0; taps && i < r->model->config.num_hidden_layers; i++)
+        if (taps[i * DSV4_VALUES + DSV4_V_ATTENTION_WEIGHTS].out)
+            return 1;
+    return 0;
+}
+
+/* Taps on the device are filled by passes on the device alone. */
+static dsv4_status check_device_taps(const dsv4_run *r, dsv4_error *err) {
+    int any = 0;
+    for (int32_t i = 0; i < r->n_segment; i++)
+        any |= r->segments[i].taps && r->segments[i].taps_on_device;
+    for (int32_t i = 0; any && i < r->n_segment; i++) {
+        if (r->segments[i].session->edit)
+            return dsv4_fail(err, DSV4_E_ARGUMENT, "trace: got one on the device in a step with an edited session (segment "
+                             "%d), which the CPU computes; wanted no edit, or a trace without device=True", i);
+        if (asks_weights(r, r->segments[i].taps))
+            return dsv4_fail(err, DSV4_E_ARGUMENT, "trace: got one on the device in a step that traces weights of attention "
+                             "(segment %d), which the CPU computes; wanted two steps", i);
+    }
+    return DSV4_OK;
+}
+
 /* A step that asks the caller looks at the streams of every layer at once: it cannot be run again to find them. */
 static dsv4_status prepare_calls(dsv4_run *r, dsv4_error *err) {
     for (int32_t i = 0; i < r->n_segment && !r->diagnose; i++)
@@ -330,6 +357,7 @@ static dsv4_status prepare_sessions(dsv4_run *r, dsv4_error *err) {
         DSV4_TRY(dsv4_kv_reserve(s->session->kv, s->n, err));
         DSV4_TRY(dsv4_sites_check(r->model, s->taps, s->session->kv->position, s->n, err));
     }
+    DSV4_TRY(check_device_taps(r, err));
     DSV4_TRY(prepare_calls(r, err));
     for (int32_t i = 0; i < r->n_segment; i++, r->n_saved++)
         DSV4_TRY(dsv4_kv_save(r->segments[i].session->kv, r->segments[i].n, err));

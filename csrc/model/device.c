@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "core/arena.h"
+#include "model/device_sites.h"
 
 enum { ALIGN = 256 };
 
@@ -274,6 +275,7 @@ void dsv4_device_destroy(struct dsv4_device *d) {
     rt->release(d->weights);
     rt->release(d->workspace);
     rt->release(d->scratch);
+    dsv4_device_sites_destroy(d);
     if (d->stream)
         rt->stream_destroy(d->stream);
 }

@@ -3,9 +3,10 @@
  * A model on CUDA devices: its weights copied there, the buffers of a pass, and mirrors of sessions' states.  The layers
  * are cut into stages, each on a device of its own: the first also embeds, the last makes the logits.  The host's weights
  * stay mapped and the host's session state stays the one that counts: after each pass what it wrote comes back, so forks,
- * rewinds, saved sessions and failed steps work as without a device.  Passes that somebody looks into (model/sites.h) or
- * changes (model/edit.h), layers and parts run alone, and the search for a bad layer are computed on the CPU: the bits are
- * the same.
+ * rewinds, saved sessions and failed steps work as without a device.  What somebody looks
+ * at (model/sites.h) is copied on the device (model/device_sites.h), but for weights of attention: passes in which these are
+ * asked for, or that somebody changes (model/edit.h), layers and parts run alone, and the search for a bad layer are
+ * computed on the CPU: the bits are the same.
  *
  * Refuses what does not fit before anything is allocated; what fails half-way is given back.
  */
@@ -92,6 +93,7 @@ struct dsv4_device {
     struct dsv4_cuda_piece *pieces;   /* host: [chunk] */
     struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
     uint64_t passes;
+    struct dsv4_device_sites *sites;  /* owned: what passes with a trace need (device_sites.c); NULL before the first */
 };
 
 /* All stages, in the order of their layers. */
@@ -147,6 +149,9 @@ dsv4_status dsv4_mirror_ready(struct dsv4_device *d, const struct dsv4_pass *p, 
                               dsv4_error *err);
 /* One layer's pointers. */
 void dsv4_mirror_state(const struct dsv4_mirror *k, int32_t layer, struct dsv4_cuda_state *out);
+/* Where row `row` of a layer's compressed (or index) rows lies on the device; *n of them lie there, one after another. */
+const uint8_t *dsv4_mirror_rows(const struct dsv4_device *d, const struct dsv4_piece *piece, int32_t layer, int index,
+                                int32_t row, int32_t *n);
 /* What the pass wrote for this piece into the host's state; complete after the next synchronize. */
 dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_piece *piece, dsv4_error *err);
 #endif

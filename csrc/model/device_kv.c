@@ -244,6 +244,13 @@ void dsv4_mirror_state(const struct dsv4_mirror *k, int32_t layer, struct dsv4_c
     };
 }
 
+const uint8_t *dsv4_mirror_rows(const struct dsv4_device *d, const struct dsv4_piece *piece, int32_t layer, int index,
+                                int32_t row, int32_t *n) {
+    const struct dsv4_mirror *k = dsv4_mirror_of(d, piece);
+    *n = BLOCK - row % BLOCK;
+    return k->tables[k->at[2 * layer + index] + (size_t)(row / BLOCK)] + (size_t)(row % BLOCK) * row_bytes(d->model, layer, index);
+}
+
 /* The slots of tokens [position, position + n) of one ring, in at most two runs. */
 static dsv4_status fetch_ring(struct dsv4_mirror *k, struct dsv4_kv *kv, size_t at, int32_t slots, size_t row,
                               int32_t position, int32_t n, dsv4_error *err) {

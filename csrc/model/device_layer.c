@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What a layer launches on the device: the same phases as hyper.c, attention.c, indexer.c and moe.c. */
-#include "model/device_run.h"
+#include "model/device_sites.h"
 
 /* Key lists, scores and parts of attention take room per token and entry: tokens are taken in turns that fit into this,
  * one at a time if need be. */
@@ -18,7 +18,7 @@ static const dsv4_bf16 *input_of(const run *r, const struct dsv4_weight *w) {
 
 /* ------------------------------------------------------------------------------------------- streams around a sublayer */
 
-static dsv4_status collapse(const run *r, const struct dsv4_hyper *h, const float *norm) {
+static dsv4_status collapse(const run *r, const struct dsv4_hyper *h, const float *norm, float *pre) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t mixes = (2 + c->hc_mult) * c->hc_mult;
@@ -26,8 +26,8 @@ static dsv4_status collapse(const run *r, const struct dsv4_hyper *h, const floa
     LAUNCH(r, linear, .n_job = 1, .n_tok = r->n,
            .jobs = {dsv4_linear_job(&h->fn, b->streams, b->dots, (ptrdiff_t)c->hc_mult * c->hidden_size, mixes, 1)});
     LAUNCH(r, collapse, .x = b->u, .quant = official ? b->u_quant : NULL, .plain = b->u_plain, .post = b->post,
-           .comb = b->comb, .streams = b->streams, .dots = b->dots, .scale = h->scale, .base = h->base, .norm = norm,
-           .n_tok = r->n, .hc = c->hc_mult, .d_model = c->hidden_size, .sinkhorn_iters = c->hc_sinkhorn_iters,
+           .comb = b->comb, .pre = pre, .streams = b->streams, .dots = b->dots, .scale = h->scale, .base = h->base,
+           .norm = norm, .n_tok = r->n, .hc = c->hc_mult, .d_model = c->hidden_size, .sinkhorn_iters = c->hc_sinkhorn_iters,
            .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps, .rms_eps = c->rms_norm_eps);
     return DSV4_OK;
 }
@@ -145,7 +145,7 @@ static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
 }
 
 /* CSA: the entries each token attends to; without scores all it sees. */
-static dsv4_status choose_entries(const run *r, const struct dsv4_layer *l, int32_t layer, int scored) {
+static dsv4_status choose_entries(run *r, const struct dsv4_layer *l, int32_t layer, int scored) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t ratio = l->compressor.ratio, iq = c->index_n_heads, entries = r->shape.context / ratio, n;
@@ -160,19 +160,21 @@ static dsv4_status choose_entries(const run *r, const struct dsv4_layer *l, int3
                    .head_w = b->index_w + (ptrdiff_t)t * iq, .bad = b->bad, .w_scale = r->d->model->index_w_scale,
                    .n_head = iq, .d_index = c->index_head_dim, .ratio = ratio, .top_k = c->index_topk,
                    .max_entry = entries, .layer = layer);
+        DSV4_TRY(dsv4_device_at_scores(r, layer, scores, entries, t, n));
         LAUNCH(r, top_k, .ids = b->selected + (ptrdiff_t)t * c->index_topk, .n_id = b->n_selected + t, .scores = scores,
                .positions = b->positions + t, .n_tok = n, .k = c->index_topk, .ratio = ratio, .max_entry = entries);
     }
     return DSV4_OK;
 }
 
-static dsv4_status attend(const run *r, const struct dsv4_layer *l, const float *cos, const float *sin) {
+static dsv4_status attend(run *r, const struct dsv4_layer *l, int32_t layer, const float *cos, const float *sin) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t heads = c->num_attention_heads, hd = c->head_dim, pairs = c->qk_rope_head_dim / 2, n;
     int32_t most = l->kind == DSV4_SWA ? 0 : l->kind == DSV4_CSA ? c->index_topk : r->shape.context / l->compressor.ratio;
     int32_t max_key = (c->sliding_window + most + 63) / 64 * 64;
     size_t keys_bytes = sizeof(void *) * (size_t)max_key;
+    int seen = dsv4_asked(r->p, layer, DSV4_SITE_HEADS);
     DSV4_TRY(scratch(r, keys_bytes + DSV4_CUDA_ATTENTION_SCRATCH(1, heads, max_key) + 16, &n));
     for (int32_t t = 0; t < r->n; t += n) {
         n = n < r->n - t ? n : r->n - t;
@@ -189,7 +191,11 @@ static dsv4_status attend(const run *r, const struct dsv4_layer *l, const float 
                .format = r->d->model->kv_format);
     }
     LAUNCH(r, rope, .x = b->o, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = hd, .per_tok = heads, .n_pair = pairs,
-           .inverse = 1, .flush = 1);
+           .inverse = 1, .flush = !seen);
+    if (seen) { /* what a trace shows is not flushed */
+        DSV4_TRY(dsv4_device_at_heads(r, layer));
+        LAUNCH(r, act, .out = b->o, .x = b->o, .n_row = r->n, .n = heads * hd);
+    }
     return DSV4_OK;
 }
 
@@ -220,7 +226,7 @@ static dsv4_status project_output(const run *r, const struct dsv4_layer *l) {
     return DSV4_OK;
 }
 
-static dsv4_status attention(const run *r, const struct dsv4_layer *l, int32_t layer) {
+static dsv4_status attention(run *r, const struct dsv4_layer *l, int32_t layer) {
     const struct dsv4_device_buffers *b = &r->d->b;
     const float *cos = l->kind == DSV4_SWA ? b->cos_main : b->cos_comp;
     const float *sin = l->kind == DSV4_SWA ? b->sin_main : b->sin_comp;
@@ -230,7 +236,7 @@ static dsv4_status attention(const run *r, const struct dsv4_layer *l, int32_t l
     DSV4_TRY(make_queries(r, l, scored, cos, sin));
     if (l->kind == DSV4_CSA)
         DSV4_TRY(choose_entries(r, l, layer, scored));
-    DSV4_TRY(attend(r, l, cos, sin));
+    DSV4_TRY(attend(r, l, layer, cos, sin));
     DSV4_TRY(keep_state(r, l, layer));
     return project_output(r, l);
 }
@@ -287,12 +293,17 @@ dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
     const struct dsv4_device_layer *dl = &r->d->layers[layer];
     if (half % 2) {
         DSV4_TRY(experts(r, dl));
-        return spread(r);
+        DSV4_TRY(dsv4_device_at_ffn(r, layer));
+        DSV4_TRY(spread(r));
+        return dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS);
     }
     r->pass.states = r->d->b.states + (size_t)layer * (size_t)r->p->n_piece;
-    DSV4_TRY(collapse(r, &dl->l.hc_attn, dl->l.attn_norm));
+    DSV4_TRY(dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS_IN));
+    DSV4_TRY(collapse(r, &dl->l.hc_attn, dl->l.attn_norm, dsv4_device_pre(r, layer, DSV4_SITE_ATTENTION_MIX)));
     DSV4_TRY(attention(r, &dl->l, layer));
+    DSV4_TRY(dsv4_device_at_attention(r, layer));
     DSV4_TRY(spread(r));
-    DSV4_TRY(collapse(r, &dl->l.hc_ffn, dl->l.ffn_norm));
+    DSV4_TRY(dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS_MID));
+    DSV4_TRY(collapse(r, &dl->l.hc_ffn, dl->l.ffn_norm, dsv4_device_pre(r, layer, DSV4_SITE_FFN_MIX)));
     return route(r, &dl->l);
 }

@@ -5,7 +5,7 @@
  */
 #include <limits.h>
 
-#include "model/device_run.h"
+#include "model/device_sites.h"
 
 typedef struct dsv4_device_run run;
 
@@ -59,14 +59,16 @@ dsv4_status dsv4_device_enter(run *r) {
 }
 
 /* What the host needs of the pass, and the end of all that was enqueued. */
-static dsv4_status finish(const run *r) {
+static dsv4_status finish(run *r) {
     const struct dsv4_cuda_runtime *rt = &r->d->plugin->runtime;
     int32_t bad = INT_MAX;
     for (int32_t i = 0; i < r->p->n_piece; i++)
         DSV4_TRY(dsv4_mirror_fetch(r->d, &r->p->pieces[i], r->err));
+    DSV4_TRY(dsv4_device_sites_end(r));
     DSV4_TRY(dsv4_device_status(r->d, rt->download(&bad, r->d->b.bad, sizeof bad, r->d->stream), "result of a pass",
                                 r->err));
     DSV4_TRY(dsv4_device_status(r->d, rt->synchronize(r->d->stream), "a pass", r->err));
+    dsv4_device_sites_take(r);
     if (bad != INT_MAX)
         atomic_store(r->p->bad_layer, bad);
     return DSV4_OK;
@@ -75,6 +77,7 @@ static dsv4_status finish(const run *r) {
 /* The pass through one stage. */
 static dsv4_status stage(run *r) {
     DSV4_TRY(dsv4_device_prepare(r->d, r->err));
+    DSV4_TRY(dsv4_device_sites_begin(r));
     dsv4_graphs_find(r);
     DSV4_TRY(send_pass(r));
     DSV4_TRY(dsv4_device_segment(r, 2 * r->d->first_layer, 2 * r->d->end_layer));
@@ -91,7 +94,8 @@ dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *
         return err->code;
     }
     for (int32_t i = 0; status == DSV4_OK && i < all->n; i++)
-        status = stage(&(run){.d = &all->stages[i], .p = p, .w = w, .n = p->n_tok, .err = err});
+        status = stage(&(run){.d = &all->stages[i], .p = p, .w = w, .n = p->n_tok, .eager = p->asked != NULL,
+                        .err = err});
     for (int32_t i = 0; status != DSV4_OK && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror);
     return status;

@@ -20,6 +20,7 @@ struct dsv4_piece {
     int32_t n;
     int32_t position;  /* of its first token in the session */
     const struct dsv4_tap *taps; /* [layers][DSV4_VALUES] what is copied of it, or NULL */
+    int taps_on_device; /* they lie there */
     int32_t row;       /* of its first token in the segment, so in the taps */
     const dsv4_edit *edit; /* of its session, or NULL */
 };

@@ -31,6 +31,10 @@ static const uint8_t site_of[DSV4_VALUES] = {
     [DSV4_V_EXPERT_WEIGHTS] = DSV4_SITE_ROUTER, [DSV4_V_ROUTER_SCORES] = DSV4_SITE_ROUTER,
 };
 
+enum dsv4_site dsv4_site_of(int32_t value) {
+    return site_of[value];
+}
+
 /* Sites whose values every worker makes for itself in a pass of one token: the first one's are copied. */
 static const uint32_t private_sites = 1u << DSV4_SITE_ATTENTION_MIX | 1u << DSV4_SITE_ATTENTION_IN |
                                       1u << DSV4_SITE_KV | 1u << DSV4_SITE_FFN_MIX | 1u << DSV4_SITE_FFN_IN |

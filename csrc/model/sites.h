@@ -60,6 +60,9 @@ struct dsv4_sight {
     struct dsv4_attention_args *attention;
 };
 
+/* Where a value is seen. */
+enum dsv4_site dsv4_site_of(int32_t value);
+
 /* Does what the piece of the token asks for there. */
 void dsv4_at(const dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_sight *s);
 

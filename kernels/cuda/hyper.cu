@@ -61,6 +61,8 @@ DSV4_KERNEL(collapse_kernel, struct dsv4_cuda_collapse_args, ROW_THREADS, 1) {
         float r = dsv4_hc_r(mean_square, a.norm_eps);
         if (i < hc)
             g.pre[i] = dsv4_hc_pre_gate(dots[i], dsv4_hc_r_wide(mean_square, a.norm_eps), a.scale[0], a.base[i], a.hc_eps);
+        if (a.pre && i < hc)
+            a.pre[(int64_t)t * hc + i] = g.pre[i];
         if (a.post) {
             if (i < hc)
                 a.post[(int64_t)t * hc + i] = dsv4_hc_post_gate(dsv4_hc_mix(dots[hc + i], r, a.scale[1], a.base[hc + i]));

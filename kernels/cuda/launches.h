@@ -134,6 +134,7 @@ struct dsv4_cuda_collapse_args {
     dsv4_bf16 *x;             /* [n_tok][d_model] */
     dsv4_bf16 *quant, *plain; /* [n_tok][d_model] or NULL */
     float *post, *comb;       /* [n_tok][hc], [n_tok][hc][hc]; post NULL: the head's collapse */
+    float *pre;               /* [n_tok][hc] or NULL */
     const dsv4_bf16 *streams; /* row t at t * hc * d_model, or tok[t] * hc * d_model */
     const int32_t *tok;       /* or NULL */
     const float *dots;        /* [n_tok][(2 + hc) hc], or [n_tok][hc] for the head */
@@ -408,6 +409,23 @@ struct dsv4_cuda_sample_args {
 #define DSV4_CUDA_SAMPLE_SCRATCH(n_draw, n)                                                                            \
     ((size_t)(n_draw) * ((size_t)12 * (size_t)(n) + 4 + 32 * (((size_t)(n) + 1023) / 1024) + 107008))
 
+/* -------------------------------------------------------------------------------------------------- what a trace copies */
+
+/*
+ * n_row rows of `width` elements of four bytes: the first ones from x (bf16 widened to f32, else as they are), `fill` behind
+ * them.  How many come from x: n; or counts[t]; or, with positions, the (positions[t] + 1) / ratio visible entries where
+ * they are more than top_k, else none.
+ */
+struct dsv4_cuda_tap_args {
+    void *out;                /* row t at out + t * ld_out */
+    const void *x;            /* row t at x + t * ld_x */
+    const int32_t *counts;    /* [n_row] at most width, or NULL */
+    const int32_t *positions; /* [n_row] or NULL */
+    ptrdiff_t ld_out, ld_x;
+    int32_t n_row, width, n, ratio, top_k, bf16;
+    uint32_t fill;
+};
+
 /* --------------------------------------------------------------------------------------------------------- the table */
 
 #define DSV4_CUDA_LAUNCHES(X)                                                                                          \
@@ -440,7 +458,8 @@ struct dsv4_cuda_sample_args {
     X(receive)                                                                                                         \
     X(embed)                                                                                                           \
     X(finite)                                                                                                          \
-    X(sample)
+    X(sample)                                                                                                          \
+    X(tap)
 
 struct dsv4_cuda_launches {
 #define X(op) int (*op)(const struct dsv4_cuda_##op##_args *a, void *stream);

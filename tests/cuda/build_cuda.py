@@ -41,6 +41,7 @@ BUDGETS = {
     "rows": (48, 9000),
     "sampler": (64, 19000),
     "state": (64, 16000),
+    "tap": (40, 0),
 }
 # files without kernels
 OTHER = {"plugin"}

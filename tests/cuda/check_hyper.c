@@ -10,13 +10,15 @@ static void collapse(int32_t n_tok, int32_t hc, int32_t d, int head, int gather,
     dsv4_bf16 *streams = check_aligned(2 * (size_t)(n_from * hc * d), 2), *want[3], *got[3];
     float *dots = check_aligned(4 * (size_t)n_tok * mixes, 4), *base = check_aligned(4 * mixes, 4);
     float *scale = check_aligned(4 * (head ? 1 : 3), 4), *norm = check_aligned(4 * (size_t)d, 4);
-    float *post[2] = {NULL, NULL}, *comb[2] = {NULL, NULL};
+    float *post[2] = {NULL, NULL}, *comb[2] = {NULL, NULL}, *pre[2] = {NULL, NULL};
     int32_t *tok = gather ? check_aligned(4 * (size_t)n_tok, 4) : NULL;
     int normed = !head || (int)check_below(2);
     for (int i = 0; i < 3; i++) {
         want[i] = check_aligned(2 * n, 2);
         got[i] = check_aligned(2 * n, 2);
     }
+    for (int i = 0; i < 2 && n_tok % 2; i++)
+        pre[i] = check_aligned(4 * (size_t)(n_tok * hc), 4);
     for (int i = 0; i < 2 && !head; i++) {
         post[i] = check_aligned(4 * (size_t)(n_tok * hc), 4);
         comb[i] = check_aligned(4 * (size_t)n_tok * square, 4);
@@ -32,7 +34,7 @@ static void collapse(int32_t n_tok, int32_t hc, int32_t d, int head, int gather,
             from = tok[t] = between(0, n_from - 1);
         dsv4_bf16 *x = want[0] + (size_t)t * (size_t)d;
         ref()->hc_pre(&(struct dsv4_hc_pre_args){
-            .x = x, .post = head ? NULL : post[0] + t * hc, .comb = head ? NULL : comb[0] + (size_t)t * square,
+            .x = x, .pre = pre[0] ? pre[0] + t * hc : NULL, .post = head ? NULL : post[0] + t * hc, .comb = head ? NULL : comb[0] + (size_t)t * square,
             .streams = streams + (size_t)from * (size_t)(hc * d), .dots = dots + (size_t)t * mixes, .scale = scale,
             .base = base, .hc = hc, .d_model = d, .sinkhorn_iters = iters, .norm_eps = 1e-6f, .hc_eps = 1e-6f});
         if (!normed)
@@ -41,14 +43,16 @@ static void collapse(int32_t n_tok, int32_t hc, int32_t d, int head, int gather,
         ref()->act_quant(want[1] + (size_t)t * (size_t)d, NULL, NULL, x, d);
         ref()->act_flush(want[2] + (size_t)t * (size_t)d, x, d);
     }
-    RUN(collapse, .x = got[0], .quant = got[1], .plain = got[2], .post = post[1], .comb = comb[1], .streams = streams,
-        .tok = tok, .dots = dots, .scale = scale, .base = base, .norm = normed ? norm : NULL, .n_tok = n_tok, .hc = hc,
+    RUN(collapse, .x = got[0], .quant = got[1], .plain = got[2], .post = post[1], .comb = comb[1], .pre = pre[1],
+        .streams = streams, .tok = tok, .dots = dots, .scale = scale, .base = base, .norm = normed ? norm : NULL, .n_tok = n_tok, .hc = hc,
         .d_model = d, .sinkhorn_iters = iters, .norm_eps = 1e-6f, .hc_eps = 1e-6f, .rms_eps = 1e-6f);
     same("collapse", got[0], want[0], n, 2);
     if (normed) {
         same("collapse quant", got[1], want[1], n, 2);
         same("collapse plain", got[2], want[2], n, 2);
     }
+    if (pre[0])
+        same_f32("pre", pre[1], pre[0], (size_t)(n_tok * hc));
     if (!head) {
         same_f32("post", post[1], post[0], (size_t)(n_tok * hc));
         same_f32("comb", comb[1], comb[0], (size_t)n_tok * square);
