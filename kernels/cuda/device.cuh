@@ -54,6 +54,27 @@ template <int left> DSV4_DEVICE void dsv4_copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
 
+
+// d += A B for a warp, A 16 x 16 and B 16 x 8 of bf16; fragments as PTX has them for mma.m16n8k16.
+DSV4_DEVICE void dsv4_mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// x, of which the compiler knows nothing.
+DSV4_DEVICE unsigned dsv4_opaque(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// The products of two pairs of bf16.
+DSV4_DEVICE uint32_t dsv4_mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u)); // plus -0: nothing
+    return product;
+}
+
 #else
 #include "host.h"
 #endif

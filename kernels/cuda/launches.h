@@ -18,7 +18,19 @@
 
 /* ---------------------------------------------------------------------------------------------------- linear layers */
 
-enum { DSV4_CUDA_JOBS = 8, DSV4_CUDA_FEW_TILE = 8, DSV4_CUDA_MANY_TILE = 32 };
+enum { DSV4_CUDA_JOBS = 8, DSV4_CUDA_FEW_TILE = 8, DSV4_CUDA_MANY_TILE = 32, DSV4_CUDA_MMA_TILE = 128 };
+
+/*
+ * On tensor cores (tensor_cores = 1, tile_tok = DSV4_CUDA_MMA_TILE) a sum is one chain of mma.m16n8k16 over all of K, the
+ * columns of each 32 in an order of their own, the same for every row, token and number of tokens: a result depends on the
+ * token's x and the row's weights alone, but not on `ref`'s order.  Operands are those of rules 2 and 3; bf16 weights below 2^-55 count.
+ * PTX promises products and sums of at least single precision and leaves order and rounding open; if an mma aligns its 16
+ * products and the sum so far to the largest of them and cuts each, and the result, to 24 bits, the errors of K columns are
+ *     |out - sum| <= 2.5 K 2^-24 sum |x w|   (18 2^-23 per 16 columns, and those of rule 3's joins)
+ * Layers with f32 weights, or whose rows are not multiples of 32 columns and 16 bytes, are computed as without.
+ */
+
+#define DSV4_CUDA_MMA_KIND(format, rule) (1 << (4 * (format) + (rule)))
 
 /* out[t][r] = dot(x[t], w[r]) for all rows of w; see dsv4_linear_args. */
 struct dsv4_cuda_linear_job {
@@ -36,6 +48,7 @@ struct dsv4_cuda_linear_args {
     struct dsv4_cuda_linear_job jobs[DSV4_CUDA_JOBS];
     const int32_t *tok; /* [n_tok] or NULL */
     int32_t n_job, n_tok;
+    int32_t tensor_cores;
 };
 
 /* Rows [first, first + n) of the order by expert, all of one expert. */
@@ -52,8 +65,9 @@ struct dsv4_cuda_experts_args {
     const int32_t *row_tok;         /* row i multiplies x row row_tok[i]; NULL: row i */
     const struct dsv4_cuda_tile *tiles;
     const int32_t *n_tile;          /* [1] */
-    int32_t max_tile, tile_tok;     /* room for tiles; rows in each: DSV4_CUDA_FEW_TILE or DSV4_CUDA_MANY_TILE */
+    int32_t max_tile, tile_tok;     /* room for tiles; rows in each: DSV4_CUDA_FEW_TILE, _MANY_TILE or _MMA_TILE */
     int32_t rows, cols, n_tok;      /* no expert has more than n_tok rows */
+    int32_t kinds;                  /* with _MMA_TILE: DSV4_CUDA_MMA_KIND of all weights, by or; cols a multiple of 32 */
 };
 
 /* --------------------------------------------------------------------------------------------- activations, formats */

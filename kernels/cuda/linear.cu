@@ -87,6 +87,8 @@ static int launch_few(const struct few_args &args, dim3 grid, int32_t n_tok, voi
 }
 
 int dsv4_cuda_linear(const struct dsv4_cuda_linear_args *a, void *stream) {
+    if (a->tensor_cores)
+        return launch_linear_mma(a, stream);
     if (a->n_tok > DSV4_CUDA_FEW_TILE)
         return launch_linear_many(a, stream);
     if (!a->n_job)
@@ -97,6 +99,8 @@ int dsv4_cuda_linear(const struct dsv4_cuda_linear_args *a, void *stream) {
 }
 
 int dsv4_cuda_experts(const struct dsv4_cuda_experts_args *a, void *stream) {
+    if (a->tile_tok == DSV4_CUDA_MMA_TILE)
+        return launch_experts_mma(a, stream);
     if (a->tile_tok > DSV4_CUDA_FEW_TILE)
         return launch_experts_many(a, stream);
     struct few_args args = {};

@@ -50,3 +50,7 @@ DSV4_DEVICE void store_sum(void *out, int64_t at, int out_f32, float sum) {
 // linear_many.cu
 int launch_linear_many(const struct dsv4_cuda_linear_args *a, void *stream);
 int launch_experts_many(const struct dsv4_cuda_experts_args *a, void *stream);
+
+// linear_mma.cu
+int launch_linear_mma(const struct dsv4_cuda_linear_args *a, void *stream);
+int launch_experts_mma(const struct dsv4_cuda_experts_args *a, void *stream);

@@ -37,6 +37,7 @@ BUDGETS = {
     "indexer": (168, 6000),
     "linear": (128, 35000),
     "linear_many": (255, 26000),
+    "linear_mma": (255, 49152),
     "moe": (48, 9000),
     "rows": (48, 9000),
     "sampler": (64, 19000),

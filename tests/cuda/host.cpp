@@ -13,7 +13,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 64 << 10, SHARED_BYTES = 48 << 10 };
-enum state { READY, AT_BLOCK, AT_WARP, DONE };
+enum state { READY, AT_BLOCK, AT_WARP, AT_MMA, DONE };
 
 struct copy {
     void *to;
@@ -30,6 +30,8 @@ struct fiber {
     unsigned exchanges;
     int group;
     std::vector<copy> copies;
+    float *d; // fragments of an mma
+    const uint32_t *a, *b;
 };
 
 fiber fibers[MAX_THREADS];
@@ -92,6 +94,60 @@ bool release(unsigned first, unsigned end, enum state s) {
     return true;
 }
 
+float pair_half(uint32_t pair, int half) {
+    uint32_t bits = half ? pair & 0xffff0000u : pair << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// `x` without the bits below that of weight `unit`, a power of two.
+double cut(double x, double unit) {
+    return trunc(x / unit) * unit;
+}
+
+float cut_sum(float c, const float *a, const float *b) {
+    double terms[17] = {c}, largest = fabs((double)c), sum = 0;
+    for (int k = 0; k < 16; k++) {
+        terms[k + 1] = (double)a[k] * b[k];
+        largest = fmax(largest, fabs(terms[k + 1]));
+    }
+    if (largest == 0)
+        return c;
+    double unit = ldexp(1.0, ilogb(largest) - 23);
+    for (double term : terms)
+        sum += cut(term, unit);
+    return sum == 0 ? 0.0f : (float)cut(sum, ldexp(1.0, ilogb(sum) - 23));
+}
+
+// Lane (g, q) = 4 g + q: a 0..3 are rows g, g + 8, g, g + 8, columns 2q, 2q, 2q + 8, 2q + 8 and the next; b 0..1 rows 2q,
+// 2q + 8 and the next of column g; d 0..3 are (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
+bool multiply(unsigned first) {
+    float a[16][16], b[8][16];
+    if (!release(first, first + WARP, AT_MMA))
+        return false;
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        const fiber &f = fibers[first + lane];
+        unsigned g = lane / 4, q = lane % 4;
+        for (int half = 0; half < 2; half++) {
+            for (unsigned i = 0; i < 4; i++)
+                a[g + i % 2 * 8][2 * q + i / 2 * 8 + (unsigned)half] = pair_half(f.a[i], half);
+            for (unsigned i = 0; i < 2; i++)
+                b[g][2 * q + i * 8 + (unsigned)half] = pair_half(f.b[i], half);
+        }
+    }
+    for (unsigned lane = 0; lane < WARP; lane++)
+        for (unsigned i = 0; i < 4; i++) {
+            float *d = &fibers[first + lane].d[i];
+            const float *x = a[lane / 4 + i / 2 * 8], *y = b[2 * (lane % 4) + i % 2];
+            float sum = *d;
+            for (int k = 0; k < 16; k++)
+                sum += x[k] * y[k];
+            *d = dsv4_host_mma_cuts && isfinite(sum) ? cut_sum(*d, x, y) : sum;
+        }
+    return true;
+}
+
 void run_warp(unsigned first, unsigned turn) {
     do
         for (unsigned i = 0; i < WARP; i++) {
@@ -99,7 +155,7 @@ void run_warp(unsigned first, unsigned turn) {
             if (fibers[t].state == READY)
                 resume(t);
         }
-    while (release(first, first + WARP, AT_WARP));
+    while (release(first, first + WARP, AT_WARP) || multiply(first));
 }
 
 void run_block(unsigned turn) {
@@ -120,6 +176,16 @@ void run_block(unsigned turn) {
 }
 
 } // namespace
+
+int dsv4_host_mma_cuts;
+
+void dsv4_host_mma(float *d, const uint32_t *a, const uint32_t *b) {
+    fiber &f = fibers[current];
+    f.d = d;
+    f.a = a;
+    f.b = b;
+    pause(AT_MMA);
+}
 
 void __syncthreads() {
     pause(AT_BLOCK);

@@ -3,6 +3,7 @@
 // CUDA as far as the kernels use it, on the CPU: blocks one after the other, the threads of a block as fibers that change
 // at barriers and shuffles.  The order of blocks and threads changes from launch to launch, shared memory starts as NaN, and
 // asynchronous copies happen as early or as late as they may, so that a missing barrier or wait shows as other bits.
+// An mma happens when its whole warp is there; its sums in one of two orders (dsv4_host_mma_cuts).
 // A barrier that some threads of a block (or warp) do not reach ends the program.
 #pragma once
 
@@ -27,6 +28,10 @@ const uint64_t *dsv4_host_exchange(uint64_t value);
 void dsv4_host_copy16(void *shared, const void *global);
 void dsv4_host_copy_commit();
 void dsv4_host_copy_wait(int left);
+void dsv4_host_mma(float *d, const uint32_t *a, const uint32_t *b);
+// 0: an mma adds its products one after the other, each sum rounded.  1: it aligns them and the sum so far to the largest
+// and cuts each and the result to 24 bits, as badly as launches.h allows.
+extern "C" int dsv4_host_mma_cuts;
 
 // A launch with its arguments as a kernel gets them.
 struct dsv4_host_node {
@@ -154,6 +159,32 @@ struct __attribute__((may_alias)) uint4 {
     unsigned x, y, z, w;
 };
 
-struct float2 {
+struct __attribute__((may_alias)) uint2 {
+    unsigned x, y;
+};
+
+struct __attribute__((may_alias)) float2 {
     float x, y;
 };
+
+static inline void dsv4_mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    dsv4_host_mma(d, a, b);
+}
+
+static inline unsigned dsv4_opaque(unsigned x) {
+    return x;
+}
+
+static inline uint32_t dsv4_mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t out = 0;
+    for (int i = 0; i < 32; i += 16) {
+        uint32_t x = a >> i << 16, y = b >> i << 16, bits;
+        float p, q;
+        memcpy(&p, &x, 4);
+        memcpy(&q, &y, 4);
+        p *= q;
+        memcpy(&bits, &p, 4);
+        out |= ((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 & 0xffffu) << i; // no NaN comes here
+    }
+    return out;
+}
