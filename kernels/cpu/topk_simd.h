@@ -9,8 +9,8 @@
  *
  *   LANES, ivec, i_load, i_store
  *
- *   order_keys(scores)      keys of LANES scores at any address: signed integers that order like the
- *                           scores, -0 as +0, NaN as -infinity; none is INT32_MIN
+ *   order_keys(scores)      keys of LANES scores at any address: signed integers that order like
+ *                           them, -0 as +0, NaN as -infinity; none is INT32_MIN
  *
  *   keys_above(x, bound)    bit mask of the lanes of x above an int32_t
  */

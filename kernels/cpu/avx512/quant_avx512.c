@@ -76,26 +76,6 @@ static inline void encode_group(dsv4_bf16 *out, uint8_t *codes, const dsv4_bf16 
     }
 }
 
-static void dsv4k_act_quant_avx512(dsv4_bf16 *out, uint8_t *codes, uint8_t *scales,
-                                   const dsv4_bf16 *x, int32_t n) {
-    for (int32_t k = 0; k < n; k += DSV4_ACT_GROUP) {
-        int32_t m = n - k < DSV4_ACT_GROUP ? n - k : DSV4_ACT_GROUP;
-        uint8_t scale = group_scale(x + k, m, 1e-4f, 1.0f / 448.0f);
-        if (scales)
-            scales[k / DSV4_ACT_GROUP] = scale;
-        if (scale == 255) {
-            for (int32_t i = 0; i < m; i++)
-                out[k + i] = 0x7fc0;
-            if (codes)
-                memset(codes + k, 0x7f, (size_t)m);
-        } else if (codes) {
-            encode_group(out + k, codes + k, x + k, m, scale);
-        } else {
-            encode_group(out + k, NULL, x + k, m, scale);
-        }
-    }
-}
-
 static void dsv4k_act_flush_avx512(dsv4_bf16 *out, const dsv4_bf16 *x, int32_t n) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), tiny = _mm512_set1_epi16(DSV4_TINY_BF16);
     for (int32_t i = 0; i < n; i += 32) {
@@ -103,26 +83,6 @@ static void dsv4k_act_flush_avx512(dsv4_bf16 *out, const dsv4_bf16 *x, int32_t n
         __mmask32 zero = _mm512_cmplt_epu16_mask(m, tiny);
         store32(out + i, _mm512_mask_mov_epi16(h, zero, _mm512_andnot_si512(magnitude, h)), n - i);
     }
-}
-
-static void dsv4k_kv_store_avx512(uint8_t *row, const dsv4_bf16 *x, enum dsv4_kv_format f,
-                                  int32_t d_head, int32_t d_rope) {
-    if (f == DSV4_KV_BF16) {
-        memcpy(row, x, 2 * (size_t)d_head);
-        return;
-    }
-    int32_t nope = d_head - d_rope, groups = nope / DSV4_KV_GROUP;
-    uint8_t *scales = row + nope + 2 * d_rope, *end = row + dsv4_kv_row_bytes(f, d_head, d_rope);
-    for (int32_t g = 0; g < groups; g++) {
-        const dsv4_bf16 *group = x + g * DSV4_KV_GROUP;
-        scales[g] = group_scale(group, DSV4_KV_GROUP, 1e-4f, 1.0f / 448.0f);
-        if (scales[g] == 255)
-            memset(row + g * DSV4_KV_GROUP, 0x7f, DSV4_KV_GROUP);
-        else
-            encode_group(NULL, row + g * DSV4_KV_GROUP, group, DSV4_KV_GROUP, scales[g]);
-    }
-    memcpy(row + nope, x + nope, 2 * (size_t)d_rope);
-    memset(scales + groups, 0, (size_t)(end - (scales + groups)));
 }
 
 /* One group of 64 codes, any codes under any scale but 255. */
@@ -141,24 +101,8 @@ static void decode_fp8(dsv4_bf16 *x, const uint8_t *codes, uint8_t scale) {
     }
 }
 
-static void dsv4k_kv_load_avx512(dsv4_bf16 *x, const uint8_t *row, enum dsv4_kv_format f,
-                                 int32_t d_head, int32_t d_rope) {
-    if (f == DSV4_KV_BF16) {
-        memcpy(x, row, 2 * (size_t)d_head);
-        return;
-    }
-    int32_t nope = d_head - d_rope;
-    const uint8_t *scales = row + nope + 2 * d_rope;
-    for (int32_t k = 0; k < nope; k += DSV4_KV_GROUP) {
-        if (scales[k / DSV4_KV_GROUP] == 255) {
-            for (int32_t i = 0; i < DSV4_KV_GROUP; i++)
-                x[k + i] = 0x7fc0;
-        } else {
-            decode_fp8(x + k, row + k, scales[k / DSV4_KV_GROUP]);
-        }
-    }
-    memcpy(x + nope, row + nope, 2 * (size_t)d_rope);
-}
+#define QUANT(op) dsv4k_##op##_avx512
+#include "cpu/quant_simd.h"
 
 /* Butterflies inside a register: lane i and lane i ^ stride give their sum and their difference. */
 static inline __m512 butterflies(__m512 x, int32_t n) {
