@@ -223,6 +223,11 @@ static void all_buffers(struct placing *p) {
     TAKE(hidden_plain, DSV4_LOGIT_ROWS * d);
     TAKE(head_dots, DSV4_LOGIT_ROWS * hc);
     TAKE(logits, DSV4_LOGIT_ROWS * (size_t)c->vocab_size);
+    if (p->d->end_layer == c->num_hidden_layers) {
+        TAKE(draws, dsv4_device_draw_bytes(m));
+        TAKE(drawn, dsv4_device_drawn_words());
+        TAKE(sample_scratch, DSV4_CUDA_SAMPLE_SCRATCH(DSV4_LOGIT_ROWS, c->vocab_size));
+    }
 #undef TAKE
 }
 
@@ -253,6 +258,10 @@ dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->states, n_layer * chunk, sizeof *d->states, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->pieces, chunk, sizeof *d->pieces, err));
+    if (d->end_layer == m->config.num_hidden_layers) {
+        DSV4_TRY(dsv4_arena_take(m->arena, &d->draws, dsv4_device_draw_bytes(m), 1, err));
+        DSV4_TRY(dsv4_arena_take(m->arena, &d->drawn, dsv4_device_drawn_words(), sizeof *d->drawn, err));
+    }
     size_t weights = count(d, all_weights), buffers = count(d, all_buffers);
     DSV4_TRY(dsv4_cuda_status(d->plugin, rt->free_bytes(&free_bytes), "free memory of the device", err));
     uint64_t room = most && most < free_bytes ? most : free_bytes;

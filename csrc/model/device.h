@@ -43,6 +43,9 @@ struct dsv4_device_buffers {
     dsv4_bf16 *gate_out, *up_out, *expert_out;
     dsv4_bf16 *hidden, *hidden_plain;
     float *head_dots, *logits;
+    uint8_t *draws;   /* of the last stage, like the next two: what rows sample from, as in struct dsv4_device */
+    int32_t *drawn;
+    uint8_t *sample_scratch;
 };
 
 enum {
@@ -91,6 +94,8 @@ struct dsv4_device {
     struct dsv4_device_buffers b;
     struct dsv4_cuda_state *states;   /* host: [layers][chunk], owned by the model's arena */
     struct dsv4_cuda_piece *pieces;   /* host: [chunk] */
+    uint8_t *draws;                   /* host, of the last stage: choices of rows and their lists, owned by the arena */
+    int32_t *drawn;                   /* host, likewise: tokens and log-probabilities */
     struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
     uint64_t passes;
     struct dsv4_device_sites *sites;  /* owned: what passes with a trace need (device_sites.c); NULL before the first */
@@ -118,9 +123,17 @@ dsv4_status dsv4_device_prepare(struct dsv4_device *d, dsv4_error *err);
 /* A code of the runtime or a launch, as a status; a fault of the device is remembered. */
 dsv4_status dsv4_device_status(struct dsv4_device *d, int code, const char *doing, dsv4_error *err);
 
-/* device_pass.c, device_layer.c: embedding and layers; logits of n <= DSV4_LOGIT_ROWS tokens to the workspace.  By one thread. */
+/* device_pass.c, device_layer.c: embedding and layers.  By one thread, like the next. */
 dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *err);
-dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err);
+/*
+ * device_head.c: what n <= DSV4_LOGIT_ROWS rows want.  Bit i of *drawn: the token of row i is there; the other rows that
+ * want logits or a token have their logits in the workspace.
+ */
+dsv4_status dsv4_device_head(struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n, uint32_t *drawn,
+                             dsv4_error *err);
+/* Bytes of what a block of rows samples from, beside its logits; words that come back. */
+size_t dsv4_device_draw_bytes(const dsv4_model *m);
+size_t dsv4_device_drawn_words(void);
 
 /* device_graph.c: no graph is left: what they point to has moved, or goes. */
 void dsv4_graphs_drop(struct dsv4_device *d);

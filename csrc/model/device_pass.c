@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A pass on the device: what goes there, the launches of forward.c and head.c, what comes back.  One thread enqueues
+ * A pass on the device: what goes there, the launches of forward.c, what comes back.  One thread enqueues
  * everything on one stream and waits once, at the end.
  */
 #include <limits.h>
@@ -99,25 +99,4 @@ dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *
     for (int32_t i = 0; status != DSV4_OK && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror);
     return status;
-}
-
-dsv4_status dsv4_device_logits(struct dsv4_pass *p, const int32_t *tok, int32_t n, dsv4_error *err) {
-    const struct dsv4_pipeline *all = p->m->pipeline;
-    run r = {.d = &all->stages[all->n - 1], .p = p, .n = n, .err = err}; /* still the current device */
-    const struct dsv4_config *c = &p->m->config;
-    const struct dsv4_device_buffers *b = &r.d->b;
-    const struct dsv4_hyper *h = &r.d->hc_head;
-    int32_t d = c->hidden_size, hc = c->hc_mult;
-    size_t bytes = (size_t)n * (size_t)c->vocab_size * sizeof(float);
-    DSV4_TRY(upload(&r, b->tok, tok, (size_t)n * sizeof *tok));
-    LAUNCH(&r, linear, .n_job = 1, .n_tok = n, .tok = b->tok,
-           .jobs = {dsv4_linear_job(&h->fn, b->streams, b->head_dots, (ptrdiff_t)hc * d, hc, 1)});
-    LAUNCH(&r, collapse, .x = b->hidden, .plain = b->hidden_plain, .streams = b->streams, .tok = b->tok,
-           .dots = b->head_dots, .scale = h->scale, .base = h->base, .norm = r.d->norm, .n_tok = n, .hc = hc, .d_model = d,
-           .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps, .rms_eps = c->rms_norm_eps);
-    LAUNCH(&r, linear, .n_job = 1, .n_tok = n,
-           .jobs = {dsv4_linear_job(&r.d->head, b->hidden_plain, b->logits, d, c->vocab_size, 1)});
-    DSV4_TRY(dsv4_device_status(r.d, r.d->plugin->runtime.download(p->ws->logits, b->logits, bytes, r.d->stream), "logits",
-                                err));
-    return dsv4_device_status(r.d, r.d->plugin->runtime.synchronize(r.d->stream), "logits", err);
 }

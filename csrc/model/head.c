@@ -41,12 +41,6 @@ static int all_finite(const float *x, int64_t n) {
 static int logits_of(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, int32_t n) {
     int32_t vocab = p->m->config.vocab_size;
     int64_t lo, hi;
-    if (p->on_device) {
-        if (w->id == 0)
-            dsv4_device_logits(p, tok, n, p->fault);
-        DSV4_SYNC(w, p);
-        return p->fault->code != DSV4_OK;
-    }
     if (hidden_rows(w, p, tok, n))
         return 1;
     struct dsv4_linear_job job = {&p->m->head, p->ws->hidden, p->ws->logits, p->m->config.hidden_size, vocab, 1};
@@ -56,19 +50,27 @@ static int logits_of(dsv4_worker *w, struct dsv4_pass *p, const int32_t *tok, in
     return 0;
 }
 
+/* Likewise of rows that want them, and the tokens the device has chosen. */
+static int device_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n) {
+    if (w->id == 0)
+        dsv4_device_head(p, wanted, n, &p->drawn, p->fault);
+    DSV4_SYNC(w, p);
+    return p->fault->code != DSV4_OK;
+}
+
 static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n) {
     int32_t vocab = p->m->config.vocab_size;
     int32_t tok[DSV4_LOGIT_ROWS];
     int64_t lo, hi;
     for (int32_t i = 0; i < n; i++)
         tok[i] = wanted[i].tok;
-    if (logits_of(w, p, tok, n))
+    if (p->on_device ? device_rows(w, p, wanted, n) : logits_of(w, p, tok, n))
         return 1;
     dsv4_share(w, vocab, 16, &lo, &hi);
     for (int32_t i = 0; i < n; i++) {
         const float *row = p->ws->logits + (ptrdiff_t)i * vocab;
         int none = INT_MAX; /* a layer found before stays */
-        if (!all_finite(row + lo, hi - lo))
+        if (!p->on_device && !all_finite(row + lo, hi - lo))
             atomic_compare_exchange_strong(p->bad_layer, &none, p->m->config.num_hidden_layers);
         if (wanted[i].logits)
             memcpy(wanted[i].logits + lo, row + lo, (size_t)(hi - lo) * sizeof *row);
@@ -78,7 +80,7 @@ static int block_of_rows(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_
         return 0; /* the run fails: nothing is sampled */
     dsv4_share(w, n, 1, &lo, &hi);
     for (int64_t i = lo; i < hi; i++)
-        if (wanted[i].sampler)
+        if (wanted[i].sampler && !(p->drawn >> i & 1))
             dsv4_sampler_sample(wanted[i].sampler, p->ws->logits + i * vocab, wanted[i].position, wanted[i].sample);
     DSV4_SYNC(w, p);
     return 0;

@@ -118,6 +118,7 @@ struct dsv4_pass {
     struct dsv4_damage *damage;
     dsv4_error *fault;               /* of the model's device (model/device.h): the step fails */
     int on_device;                   /* the model's device computes this pass; else the CPU: the same bits */
+    uint32_t drawn;                  /* bit i: the device has chosen the token of row i of the block at work */
     int diagnose;                    /* look at the streams after every layer */
     int edited;                      /* a piece is: ask dsv4_edited (model/edit.h) */
     struct dsv4_calls *calls;        /* of the edits that ask the caller (model/call.h), or NULL */

@@ -42,6 +42,7 @@ std::map<void *, std::vector<copy>> copies; // of each stream
 std::vector<arrival> arrivals;
 std::map<std::string, int> calls, totals;
 int streams, events, graphs;
+uint64_t downloaded;
 dsv4_host_stream *capturing;
 bool spoilt;
 
@@ -194,6 +195,7 @@ int download(void *to, const void *from, uint64_t bytes, void *stream) {
     if (bytes && !inside(blocks, from, bytes))
         return 1;
     catch_up(stream);
+    downloaded += bytes;
     arrivals.push_back({to, std::vector<char>((const char *)from, (const char *)from + bytes)});
     return fails("download");
 }
@@ -363,6 +365,11 @@ EXPORTED int host_captures(void) {
 // Calls of a function or an operation so far.
 EXPORTED int host_calls(const char *name) {
     return totals[name];
+}
+
+// Bytes that came back so far.
+EXPORTED uint64_t host_downloaded(void) {
+    return downloaded;
 }
 
 EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
