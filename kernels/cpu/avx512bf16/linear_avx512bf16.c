@@ -158,10 +158,10 @@ INLINE int pack_fp8(uint8_t *out, const dsv4_bf16 *x, int32_t cols, const uint8_
         const __m512i up = _mm512_set1_epi16((short)((byte - 127) * 128));
         __m512i v = load_padded(x, k, cols);
         __m512i size = _mm512_and_si512(v, _mm512_set1_epi16(0x7fff));
-        __m512i scaled = _mm512_mask_add_epi16(v, _mm512_test_epi16_mask(size, size), v, up);
+        __mmask32 some = _mm512_test_epi16_mask(size, size); /* zeros stay, whatever the scale */
         bad |= _mm512_cmpge_epu16_mask(size, infinity) |
-               _mm512_cmpge_epu16_mask(_mm512_add_epi16(size, up), infinity);
-        _mm512_store_si512(out + 2 * k, scaled);
+               _mm512_mask_cmpge_epu16_mask(some, _mm512_add_epi16(size, up), infinity);
+        _mm512_store_si512(out + 2 * k, _mm512_mask_add_epi16(v, some, v, up));
     }
     return !bad;
 }
