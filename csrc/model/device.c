@@ -158,6 +158,14 @@ static void all_weights(struct placing *p) {
 
 /* ------------------------------------------------------------------------------------------------------------- buffers */
 
+/* Tickets of the launch that needs most: experts for few tokens. */
+static size_t most_tickets(const struct dsv4_config *c) {
+    size_t tiles = DSV4_CUDA_FEW_TILE * ((size_t)c->num_experts_per_tok + 1);
+    size_t down = ((size_t)c->hidden_size + 15) / 16, up = tiles * (((size_t)c->moe_intermediate_size + 127) / 128);
+    size_t low = (size_t)c->o_groups * (size_t)c->o_lora_rank / 128 + 1;
+    return down + up + low;
+}
+
 static void all_buffers(struct placing *p) {
     const dsv4_model *m = p->d->model;
     const struct dsv4_config *c = &m->config;
@@ -176,6 +184,7 @@ static void all_buffers(struct placing *p) {
     TAKE(pieces, n);
     TAKE(states, n * (size_t)c->num_hidden_layers);
     TAKE(bad, 1);
+    TAKE(tickets, most_tickets(c));
     TAKE(streams, n * hc * d);
     TAKE(u, n * d);
     TAKE(u_quant, n * d);
@@ -250,6 +259,16 @@ static dsv4_status fill(struct dsv4_device *d, uint8_t **base, size_t bytes, voi
     return p.status;
 }
 
+static dsv4_status clear_tickets(struct dsv4_device *d, dsv4_error *err) {
+    size_t n = most_tickets(&d->model->config);
+    int32_t *zeros = calloc(n, sizeof *zeros);
+    if (!zeros)
+        return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %zu tickets", n);
+    int code = d->plugin->runtime.upload(d->b.tickets, zeros, n * sizeof *zeros, d->stream);
+    free(zeros);
+    return dsv4_device_status(d, code, "memory for a pass", err);
+}
+
 dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
     const dsv4_model *m = d->model;
     const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
@@ -272,6 +291,7 @@ dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *
     DSV4_TRY(dsv4_device_status(d, rt->stream_create(&d->stream), "a stream", err));
     DSV4_TRY(fill(d, &d->workspace, buffers, all_buffers, "memory for a pass", err));
     DSV4_TRY(fill(d, &d->weights, weights, all_weights, "memory for weights", err));
+    DSV4_TRY(clear_tickets(d, err));
     return dsv4_device_status(d, rt->synchronize(d->stream), "copying weights", err);
 }
 

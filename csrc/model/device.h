@@ -29,6 +29,7 @@ struct dsv4_device_buffers {
     struct dsv4_cuda_piece *pieces; /* [N] */
     struct dsv4_cuda_state *states; /* [layers][N] */
     int32_t *bad;                   /* [1] */
+    int32_t *tickets;               /* zeros between launches (launches.h) */
     dsv4_bf16 *streams, *u, *u_quant, *u_plain, *y;
     float *dots, *post, *comb;
     float *cos_main, *sin_main, *cos_comp, *sin_comp;

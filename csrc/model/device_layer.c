@@ -32,12 +32,14 @@ static dsv4_status collapse(const run *r, const struct dsv4_hyper *h, const floa
     return DSV4_OK;
 }
 
-static dsv4_status spread(const run *r) {
+/* What spreads a sublayer's output y, in the launch that makes it. */
+static struct dsv4_cuda_spread_args spread_of(const run *r) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
-    LAUNCH(r, spread, .out = b->streams, .y = b->y, .streams = b->streams, .post = b->post, .comb = b->comb, .n_tok = r->n,
-           .hc = c->hc_mult, .d_model = c->hidden_size);
-    return DSV4_OK;
+    return (struct dsv4_cuda_spread_args){
+        .out = b->streams, .y = b->y, .streams = b->streams, .post = b->post, .comb = b->comb, .n_tok = r->n,
+        .hc = c->hc_mult, .d_model = c->hidden_size,
+    };
 }
 
 /* ----------------------------------------------------------------------------------------------------------- attention */
@@ -218,10 +220,11 @@ static dsv4_status project_output(const run *r, const struct dsv4_layer *l) {
     struct dsv4_cuda_linear_job wo_a = dsv4_linear_job(&l->wo_a, b->o, b->z, all, low, 0);
     wo_a.group_rows = c->o_lora_rank;
     wo_a.group_x = (int32_t)(all / c->o_groups);
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {wo_a});
-    LAUNCH(r, act, .out = b->z_quant, .x = b->z, .n_row = r->n, .n = low,
-           .quant = dsv4_rounds_input(r->d->model, &l->wo_b));
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n,
+    struct dsv4_cuda_act_args act = {.out = b->z_quant, .x = b->z, .n_row = r->n, .n = low,
+                                     .quant = dsv4_rounds_input(r->d->model, &l->wo_b)};
+    struct dsv4_cuda_spread_args spread = spread_of(r);
+    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {wo_a}, .tickets = b->tickets, .act = &act);
+    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .tickets = b->tickets, .spread = &spread,
            .jobs = {dsv4_linear_job(&l->wo_b, b->z_quant, b->y, low, c->hidden_size, 0)});
     return DSV4_OK;
 }
@@ -271,18 +274,21 @@ static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl) {
     int32_t rows = r->n * (top_k + 1), routed = r->n * top_k, tile = tile_rows(r);
     int32_t most = DSV4_CUDA_TILES(r->n, c->n_routed_experts, top_k, tile);
     const dsv4_bf16 *quant = m->options.numerics == DSV4_OFFICIAL ? b->u_quant : b->u_plain;
+    struct dsv4_cuda_swiglu_args swiglu = {
+        .out = b->up_out, .g = b->gate_out, .u = b->up_out, .weights = b->row_weight, .n_row = rows, .n = width,
+        .first_shared = routed, .limit = c->swiglu_limit,
+        .shared_limit = m->options.april_shared ? dsv4_f32_from_bits(0x7f800000u) : c->swiglu_limit,
+        .quant = dl->quant_down, .shared_quant = dl->quant_shared,
+    };
+    struct dsv4_cuda_expert_sum_args sum = {.out = b->y, .rows = b->expert_out, .tok_rows = b->tok_rows, .n_tok = r->n,
+                                            .per_tok = top_k + 1, .n = d};
+    struct dsv4_cuda_spread_args spread = spread_of(r);
     LAUNCH(r, experts, .w = {dl->w1, dl->w3}, .out = {b->gate_out, b->up_out}, .x_quant = quant, .x_plain = b->u_plain,
            .row_tok = b->row_tok, .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = width,
-           .cols = d, .n_tok = r->n);
-    LAUNCH(r, swiglu, .out = b->up_out, .g = b->gate_out, .u = b->up_out, .weights = b->row_weight, .n_row = rows,
-           .n = width, .first_shared = routed, .limit = c->swiglu_limit,
-           .shared_limit = m->options.april_shared ? dsv4_f32_from_bits(0x7f800000u) : c->swiglu_limit,
-           .quant = dl->quant_down, .shared_quant = dl->quant_shared);
+           .cols = d, .n_tok = r->n, .tickets = b->tickets, .swiglu = &swiglu);
     LAUNCH(r, experts, .w = {dl->w2, NULL}, .out = {b->expert_out, NULL}, .x_quant = b->up_out, .x_plain = b->up_out,
            .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = d, .cols = width,
-           .n_tok = r->n);
-    LAUNCH(r, expert_sum, .out = b->y, .rows = b->expert_out, .tok_rows = b->tok_rows, .n_tok = r->n, .per_tok = top_k + 1,
-           .n = d);
+           .n_tok = r->n, .tickets = b->tickets, .sum = &sum, .spread = &spread);
     return DSV4_OK;
 }
 
@@ -294,7 +300,6 @@ dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
     if (half % 2) {
         DSV4_TRY(experts(r, dl));
         DSV4_TRY(dsv4_device_at_ffn(r, layer));
-        DSV4_TRY(spread(r));
         return dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS);
     }
     r->pass.states = r->d->b.states + (size_t)layer * (size_t)r->p->n_piece;
@@ -302,7 +307,6 @@ dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
     DSV4_TRY(collapse(r, &dl->l.hc_attn, dl->l.attn_norm, dsv4_device_pre(r, layer, DSV4_SITE_ATTENTION_MIX)));
     DSV4_TRY(attention(r, &dl->l, layer));
     DSV4_TRY(dsv4_device_at_attention(r, layer));
-    DSV4_TRY(spread(r));
     DSV4_TRY(dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS_MID));
     DSV4_TRY(collapse(r, &dl->l.hc_ffn, dl->l.ffn_norm, dsv4_device_pre(r, layer, DSV4_SITE_FFN_MIX)));
     return route(r, &dl->l);

@@ -75,8 +75,11 @@ DSV4_DEVICE uint32_t dsv4_mul_bf16x2(uint32_t a, uint32_t b) {
     return product;
 }
 
+#define DSV4_TICKET(ticket) // known on the host alone, where all must be zero after a launch
+
 #else
 #include "host.h"
+#define DSV4_TICKET(ticket) dsv4_host_ticket(ticket)
 #endif
 
 // To look at bytes in larger pieces than they were written in.
@@ -115,6 +118,25 @@ DSV4_DEVICE uint32_t dsv4_warp_max(uint32_t x) {
         x = other > x ? other : x;
     }
     return x;
+}
+
+// ------------------------------------------------------------------------------------- what follows in the same launch
+
+// Adds the block's `parts` to a ticket that is complete with `all`, and tells whether they were the last: then this block
+// sees what the others wrote before theirs, and the ticket is zero again for the next launch.  No block waits for another.
+// All threads of the block.
+DSV4_DEVICE int dsv4_last_part(int32_t *ticket, int32_t parts, int32_t all) {
+    int last = 0;
+    DSV4_TICKET(ticket);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence(); // what the block wrote, before its parts; the barrier has brought it to this thread
+        last = atomicAdd(ticket, parts) == all - parts;
+        if (last)
+            *ticket = 0;
+        __threadfence(); // the others' parts, before what is read now
+    }
+    return __syncthreads_or(last);
 }
 
 static inline unsigned dsv4_blocks(size_t n, size_t each) {

@@ -43,12 +43,20 @@ struct dsv4_cuda_linear_job {
     int32_t out_f32;
 };
 
-/* Several layers over the same tokens, of any formats, in one launch. */
+/*
+ * Several layers over the same tokens, of any formats, in one launch; and at most one thing that is then done with what
+ * job 0 made, by the args of its own launch (NULL: nothing).  The bits are those of one launch after the other.  With up to
+ * DSV4_CUDA_FEW_TILE tokens all of it is one kernel, in which whoever makes the last result of a part goes on with it; with
+ * more tokens these are launches.
+ */
 struct dsv4_cuda_linear_args {
     struct dsv4_cuda_linear_job jobs[DSV4_CUDA_JOBS];
     const int32_t *tok; /* [n_tok] or NULL */
     int32_t n_job, n_tok;
     int32_t tensor_cores;
+    int32_t *tickets;   /* zeros before and after: one per 128 rows (act) */
+    const struct dsv4_cuda_act_args *act;
+    const struct dsv4_cuda_spread_args *spread;
 };
 
 /* Rows [first, first + n) of the order by expert, all of one expert. */
@@ -56,7 +64,11 @@ struct dsv4_cuda_tile {
     int32_t expert, first, n;
 };
 
-/* One or two projections of every expert; tiles as `group` makes them.  An expert whose data is NULL is left out. */
+/*
+ * One or two projections of every expert; tiles as `group` makes them.  An expert whose data is NULL is left out.  What
+ * follows is as for `linear`, with tiles of DSV4_CUDA_FEW_TILE rows in one kernel: swiglu of both projections' results;
+ * or of one's, if no expert of a tile is left out, expert_sum and the spread of its result.
+ */
 struct dsv4_cuda_experts_args {
     const struct dsv4_weight *w[2]; /* [n_exp + 1] each, all [rows][cols]; w[1] NULL: one projection */
     dsv4_bf16 *out[2];              /* row i at out + i * rows */
@@ -68,6 +80,10 @@ struct dsv4_cuda_experts_args {
     int32_t max_tile, tile_tok;     /* room for tiles; rows in each: DSV4_CUDA_FEW_TILE, _MANY_TILE or _MMA_TILE */
     int32_t rows, cols, n_tok;      /* no expert has more than n_tok rows */
     int32_t kinds;                  /* with _MMA_TILE: DSV4_CUDA_MMA_KIND of all weights, by or; cols a multiple of 32 */
+    int32_t *tickets;               /* zeros before and after: max_tile * ceil(rows / 128) + ceil(rows / 16) */
+    const struct dsv4_cuda_swiglu_args *swiglu;
+    const struct dsv4_cuda_expert_sum_args *sum;
+    const struct dsv4_cuda_spread_args *spread; /* with sum alone, or NULL */
 };
 
 /* --------------------------------------------------------------------------------------------- activations, formats */

@@ -6,36 +6,11 @@
 
 // ------------------------------------------------------------------------------------------------ quantisers, formats
 
-// A warp per group of 128 values.
 DSV4_KERNEL(act_kernel, struct dsv4_cuda_act_args, ROW_THREADS, 1) {
-    int32_t groups = (a.n + DSV4_ACT_GROUP - 1) / DSV4_ACT_GROUP, lane = (int32_t)threadIdx.x % 32;
+    int32_t groups = (a.n + DSV4_ACT_GROUP - 1) / DSV4_ACT_GROUP;
     int64_t item = (int64_t)blockIdx.x * ROW_WARPS + (int32_t)threadIdx.x / 32;
-    if (item >= (int64_t)a.n_row * groups)
-        return; // whole warps
-    int32_t group = (int32_t)(item % groups), at = group * DSV4_ACT_GROUP + 4 * lane;
-    int64_t row = item / groups, first = row * a.n + at;
-    dsv4_bf16 h[4];
-    uint8_t codes[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        h[i] = at + i < a.n ? a.x[first + i] : (dsv4_bf16)0;
-    if (a.quant) {
-        uint8_t scale = warp_act_quant(h, codes);
-        if (a.scales && lane == 0)
-            a.scales[row * groups + group] = scale;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            h[i] = dsv4_bf16_operand(h[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (at + i >= a.n)
-            break;
-        a.out[first + i] = h[i];
-        if (a.quant && a.codes)
-            a.codes[first + i] = codes[i];
-    }
+    if (item < (int64_t)a.n_row * groups)
+        warp_act(a, item / groups, (int32_t)(item % groups));
 }
 
 int dsv4_cuda_act(const struct dsv4_cuda_act_args *a, void *stream) {
@@ -71,29 +46,11 @@ int dsv4_cuda_kv(const struct dsv4_cuda_kv_args *a, void *stream) {
     return 0;
 }
 
-struct small_row {
-    dsv4_bf16 row[ROW_THREADS];
-    float y[ROW_THREADS];
-};
-
-// A block per row of at most 256 values.
+// A warp per row of at most 256 values.
 DSV4_KERNEL(index_store_kernel, struct dsv4_cuda_index_args, ROW_THREADS, 1) {
-    DSV4_SHARED(struct small_row, s);
-    int32_t i = (int32_t)threadIdx.x, t = (int32_t)blockIdx.x / a.per_tok;
-    if (i < a.n)
-        s.row[i] = a.x[(size_t)blockIdx.x * (size_t)a.n + (size_t)i];
-    __syncthreads();
-    if (a.cos && i < a.n_pair) {
-        dsv4_bf16 *x = s.row + a.n - 2 * a.n_pair;
-        float c = a.cos[(size_t)t * (size_t)a.n_pair + (size_t)i], sn = a.sin[(size_t)t * (size_t)a.n_pair + (size_t)i];
-        float p = dsv4_bf16_to_f32(x[2 * i]), q = dsv4_bf16_to_f32(x[2 * i + 1]);
-        x[2 * i] = dsv4_f32_to_bf16(p * c - q * sn);
-        x[2 * i + 1] = dsv4_f32_to_bf16(p * sn + q * c);
-    }
-    __syncthreads();
-    if (a.hadamard)
-        block_hadamard(s.row, s.y, a.n);
-    block_index_store(a.rows + blockIdx.x * dsv4_index_row_bytes(a.n), s.row, a.n);
+    int64_t row = (int64_t)blockIdx.x * ROW_WARPS + (int32_t)threadIdx.x / 32;
+    if (row < a.n_row)
+        warp_index_row(a, row);
 }
 
 DSV4_KERNEL(index_load_kernel, struct dsv4_cuda_index_args, ROW_THREADS, 1) {
@@ -110,25 +67,29 @@ int dsv4_cuda_index(const struct dsv4_cuda_index_args *a, void *stream) {
     if (a->n_row && a->load)
         DSV4_LAUNCH(index_load_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
     else if (a->n_row)
-        DSV4_LAUNCH(index_store_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+        DSV4_LAUNCH(index_store_kernel, dsv4_blocks((size_t)a->n_row, ROW_WARPS), ROW_THREADS, stream, *a);
     return 0;
 }
 
+// A warp per row.
 DSV4_KERNEL(hadamard_kernel, struct dsv4_cuda_hadamard_args, ROW_THREADS, 1) {
-    DSV4_SHARED(struct small_row, s);
-    int32_t i = (int32_t)threadIdx.x;
-    dsv4_bf16 *x = a.x + (size_t)blockIdx.x * (size_t)a.n;
-    if (i < a.n)
-        s.row[i] = x[i];
-    __syncthreads();
-    block_hadamard(s.row, s.y, a.n);
-    if (i < a.n)
-        x[i] = s.row[i];
+    int64_t row = (int64_t)blockIdx.x * ROW_WARPS + (int32_t)threadIdx.x / 32;
+    int32_t lane = (int32_t)threadIdx.x % 32;
+    if (row >= a.n_row)
+        return; // whole warps
+    float v[INDEX_EACH];
+    dsv4_bf16 *x = a.x + row * a.n;
+    warp_row_load(v, x, a.n);
+    warp_row_hadamard(v, a.n);
+#pragma unroll
+    for (int j = 0; j < INDEX_EACH; j++)
+        if (32 * j + lane < a.n)
+            x[32 * j + lane] = dsv4_f32_to_bf16(v[j]);
 }
 
 int dsv4_cuda_hadamard(const struct dsv4_cuda_hadamard_args *a, void *stream) {
     if (a->n_row)
-        DSV4_LAUNCH(hadamard_kernel, (unsigned)a->n_row, ROW_THREADS, stream, *a);
+        DSV4_LAUNCH(hadamard_kernel, dsv4_blocks((size_t)a->n_row, ROW_WARPS), ROW_THREADS, stream, *a);
     return 0;
 }
 
@@ -161,36 +122,8 @@ int dsv4_cuda_rmsnorm(const struct dsv4_cuda_rmsnorm_args *a, void *stream) {
     return 0;
 }
 
-// 16 lanes per row, each with the pairs of its lane of rule 1; n may be odd where nothing is rotated.
 DSV4_KERNEL(headnorm_kernel, struct dsv4_cuda_headnorm_args, ROW_THREADS, 1) {
-    int32_t lane = (int32_t)threadIdx.x % 16;
-    int64_t row = (int64_t)blockIdx.x * (ROW_THREADS / 16) + (int32_t)threadIdx.x / 16;
-    int there = row < a.n_row;
-    int32_t end = there ? a.n : 0; // a row that is not there takes part in the shuffles alone
-    dsv4_bf16 *x = a.x + row * a.n;
-    float sum = 0.0f;
-    for (int32_t at = 2 * lane; at < end; at += 32) {
-        float even = dsv4_bf16_to_f32(x[at]), odd = at + 1 < end ? dsv4_bf16_to_f32(x[at + 1]) : 0.0f;
-        sum = sum + dsv4_f32_operand(dsv4_round_bf16(odd * odd));
-        sum = sum + dsv4_f32_operand(dsv4_round_bf16(even * even));
-    }
-    sum = __shfl_sync(DSV4_FULL_WARP, dsv4_lane_tree(sum), (int)(threadIdx.x & 16));
-    float m = dsv4_round_bf16(sum / (float)a.n);
-    float r = dsv4_round_bf16(1.0f / sqrtf(dsv4_round_bf16(m + dsv4_round_bf16(a.eps))));
-    int32_t rotated = a.cos ? a.n - 2 * a.n_pair : a.n;
-    for (int32_t at = 2 * lane; at < end; at += 32) {
-        float even = dsv4_round_bf16(dsv4_bf16_to_f32(x[at]) * r);
-        float odd = at + 1 < end ? dsv4_round_bf16(dsv4_bf16_to_f32(x[at + 1]) * r) : 0.0f;
-        if (at >= rotated) {
-            int64_t i = row / a.per_tok * a.n_pair + (at - rotated) / 2;
-            float c = a.cos[i], s = a.sin[i], first = even;
-            even = even * c - odd * s;
-            odd = first * s + odd * c;
-        }
-        x[at] = dsv4_f32_to_bf16(even);
-        if (at + 1 < end)
-            x[at + 1] = dsv4_f32_to_bf16(odd);
-    }
+    half_warp_headnorm(a, (int64_t)blockIdx.x * (ROW_THREADS / 16) + (int32_t)threadIdx.x / 16);
 }
 
 int dsv4_cuda_headnorm(const struct dsv4_cuda_headnorm_args *a, void *stream) {

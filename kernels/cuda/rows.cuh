@@ -1,11 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A row of activations and the block of threads that works on it: sums, norms, rope, FP8 and FP4 groups.  Bits: kernels.h.
+// A row of activations and the threads that work on it, a block of any size, a warp or half of one: sums, norms, rope, FP8
+// and FP4 groups.  Bits: kernels.h.
 #pragma once
 
 #include "device.cuh"
 
 enum { ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32, STAGED = 4096, ENTRY_MAX = 2048 };
+enum { INDEX_ROW_MAX = 256, INDEX_EACH = INDEX_ROW_MAX / 32 };
+
+DSV4_DEVICE int32_t block_threads() {
+    return (int32_t)blockDim.x;
+}
+
+DSV4_DEVICE int32_t block_warps() {
+    return (int32_t)blockDim.x / 32;
+}
 
 // -------------------------------------------------------------------------------------- mean square by a whole block
 
@@ -36,7 +46,7 @@ DSV4_DEVICE uint4 eight_operands(const dsv4_bf16 *x, int32_t at, int32_t n) {
 DSV4_DEVICE float block_mean_square(struct mean_square_work &s, const dsv4_bf16 *x, int32_t n) {
     float lane = 0.0f;
     for (int32_t first = 0; first < n; first += STAGED) {
-        for (int32_t i = (int32_t)threadIdx.x; i < STAGED / 8; i += ROW_THREADS)
+        for (int32_t i = (int32_t)threadIdx.x; i < STAGED / 8; i += block_threads())
             s.staged[i] = eight_operands(x, first + 8 * i, n);
         __syncthreads();
         if (threadIdx.x < 32) { // both halves of the warp make the same sums
@@ -109,7 +119,7 @@ DSV4_DEVICE uint8_t warp_act_quant(dsv4_bf16 *h, uint8_t *codes) {
 DSV4_DEVICE void block_norm_operands(dsv4_bf16 *out, dsv4_bf16 *quant, dsv4_bf16 *plain, const dsv4_bf16 *x,
                                      const float *w, int32_t n, float r) {
     int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
-    for (int32_t first = warp * DSV4_ACT_GROUP; first < n; first += ROW_WARPS * DSV4_ACT_GROUP) {
+    for (int32_t first = warp * DSV4_ACT_GROUP; first < n; first += block_warps() * DSV4_ACT_GROUP) {
         int32_t at = first + 4 * lane;
         dsv4_bf16 h[4];
         uint8_t codes[4];
@@ -136,11 +146,11 @@ DSV4_DEVICE void block_norm_operands(dsv4_bf16 *out, dsv4_bf16 *quant, dsv4_bf16
 // row[c] = rmsnorm of row, whose mean square is known; then the last 2 n_pair rotated by the table at cos, sin.
 DSV4_DEVICE void block_norm_rope(dsv4_bf16 *row, const float *w, int32_t n, float r, const float *cos, const float *sin,
                                  int32_t n_pair) {
-    for (int32_t c = (int32_t)threadIdx.x; c < n; c += ROW_THREADS)
+    for (int32_t c = (int32_t)threadIdx.x; c < n; c += block_threads())
         row[c] = dsv4_f32_to_bf16(w[c] * (dsv4_bf16_to_f32(row[c]) * r));
     __syncthreads();
     dsv4_bf16 *x = row + n - 2 * n_pair;
-    for (int32_t i = (int32_t)threadIdx.x; i < n_pair; i += ROW_THREADS) {
+    for (int32_t i = (int32_t)threadIdx.x; i < n_pair; i += block_threads()) {
         float a = dsv4_bf16_to_f32(x[2 * i]), b = dsv4_bf16_to_f32(x[2 * i + 1]);
         x[2 * i] = dsv4_f32_to_bf16(a * cos[i] - b * sin[i]);
         x[2 * i + 1] = dsv4_f32_to_bf16(a * sin[i] + b * cos[i]);
@@ -154,7 +164,7 @@ DSV4_DEVICE void block_kv_store(uint8_t *out, const dsv4_bf16 *row, enum dsv4_kv
     int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
     int32_t nope = f == DSV4_KV_FP8 ? d_head - d_rope : 0, groups = nope / DSV4_KV_GROUP;
     uint8_t *scales = out + nope + 2 * (d_head - nope);
-    for (int32_t g = warp; g < groups; g += ROW_WARPS) {
+    for (int32_t g = warp; g < groups; g += block_warps()) {
         int32_t at = g * DSV4_KV_GROUP + 2 * lane;
         dsv4_bf16 h[2] = {row[at], row[at + 1]};
         uint8_t scale = warp_scale<2>(h, 1e-4f, 1.0f / 448.0f);
@@ -163,46 +173,156 @@ DSV4_DEVICE void block_kv_store(uint8_t *out, const dsv4_bf16 *row, enum dsv4_kv
         if (lane == 0)
             scales[g] = scale;
     }
-    for (int32_t d = nope + (int32_t)threadIdx.x; d < d_head; d += ROW_THREADS)
+    for (int32_t d = nope + (int32_t)threadIdx.x; d < d_head; d += block_threads())
         memcpy(out + nope + 2 * (d - nope), row + d, 2);
     if (f == DSV4_KV_FP8) {
         int32_t end = (int32_t)(out + dsv4_kv_row_bytes(f, d_head, d_rope) - scales);
-        for (int32_t i = groups + (int32_t)threadIdx.x; i < end; i += ROW_THREADS)
+        for (int32_t i = groups + (int32_t)threadIdx.x; i < end; i += block_threads())
             scales[i] = 0;
     }
 }
 
-// Hadamard of n values in shared memory, in place; `y` is room for n floats.
-DSV4_DEVICE void block_hadamard(dsv4_bf16 *row, float *y, int32_t n) {
-    int32_t i = (int32_t)threadIdx.x;
-    float scale = (float)(1.0 / sqrt((double)n));
-    if (i < n)
-        y[i] = dsv4_bf16_to_f32(row[i]);
-    __syncthreads();
-    for (int32_t stride = 1; stride < n; stride *= 2) {
-        if (i < n && !(i & stride)) {
-            float a = y[i], b = y[i + stride];
-            y[i] = a + b;
-            y[i + stride] = a - b;
-        }
-        __syncthreads();
-    }
-    if (i < n)
-        row[i] = dsv4_f32_to_bf16(y[i] * scale);
-    __syncthreads();
+// ------------------------------------------------------------------------------------------------- index rows, by a warp
+
+// A row of n <= 256 values: lane l has those at l, 32 + l, ...
+DSV4_DEVICE void warp_row_load(float v[INDEX_EACH], const dsv4_bf16 *x, int32_t n) {
+    int32_t lane = (int32_t)threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < INDEX_EACH; j++)
+        v[j] = 32 * j + lane < n ? dsv4_bf16_to_f32(x[32 * j + lane]) : 0.0f;
 }
 
-// index_store by all warps of a block.
-DSV4_DEVICE void block_index_store(uint8_t *out, const dsv4_bf16 *row, int32_t n) {
-    int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
-    for (int32_t g = warp; g < n / DSV4_INDEX_GROUP; g += ROW_WARPS) {
-        dsv4_bf16 h = row[g * DSV4_INDEX_GROUP + lane];
+// Rotates the last 2 n_pair of n values by a token's table; n a multiple of 32.
+DSV4_DEVICE void warp_row_rope(float v[INDEX_EACH], int32_t n, const float *cos, const float *sin, int32_t n_pair) {
+    int32_t lane = (int32_t)threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < INDEX_EACH; j++) {
+        float other = __shfl_xor_sync(DSV4_FULL_WARP, v[j], 1);
+        int32_t at = 32 * j + lane - (n - 2 * n_pair);
+        if (at < 0 || 32 * j >= n)
+            continue;
+        float c = cos[at / 2], s = sin[at / 2];
+        v[j] = dsv4_round_bf16(at % 2 ? other * s + v[j] * c : v[j] * c - other * s);
+    }
+}
+
+// n a power of two.
+DSV4_DEVICE void warp_row_hadamard(float v[INDEX_EACH], int32_t n) {
+    int32_t lane = (int32_t)threadIdx.x % 32;
+    float scale = (float)(1.0 / sqrt((double)n));
+#pragma unroll
+    for (int stride = 1; stride < 32; stride *= 2) {
+#pragma unroll
+        for (int j = 0; j < INDEX_EACH; j++) {
+            float other = __shfl_xor_sync(DSV4_FULL_WARP, v[j], stride);
+            if (stride < n)
+                v[j] = lane & stride ? other - v[j] : v[j] + other;
+        }
+    }
+#pragma unroll
+    for (int stride = 1; stride < INDEX_EACH; stride *= 2)
+#pragma unroll
+        for (int j = 0; j < INDEX_EACH; j++)
+            if (!(j & stride) && 32 * stride < n) {
+                float a = v[j], b = v[j + stride];
+                v[j] = a + b;
+                v[j + stride] = a - b;
+            }
+#pragma unroll
+    for (int j = 0; j < INDEX_EACH; j++)
+        v[j] = dsv4_round_bf16(v[j] * scale);
+}
+
+// index_store.
+DSV4_DEVICE void warp_index_store(uint8_t *out, const float v[INDEX_EACH], int32_t n) {
+    int32_t lane = (int32_t)threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < INDEX_EACH; j++) {
+        if (32 * j >= n)
+            break; // the whole warp
+        dsv4_bf16 h = dsv4_f32_to_bf16(v[j]);
         uint8_t scale = warp_scale<1>(&h, 0x1.8p-124f, 1.0f / 6.0f);
-        uint32_t code = scale == 255 ? 0u : dsv4_e2m1_from_f32(dsv4_bf16_to_f32(h) * inverse_scale(scale));
+        uint32_t code = scale == 255 ? 0u : dsv4_e2m1_from_f32(v[j] * inverse_scale(scale));
         uint32_t high = __shfl_xor_sync(DSV4_FULL_WARP, code, 1);
         if (lane % 2 == 0)
-            out[(g * DSV4_INDEX_GROUP + lane) / 2] = (uint8_t)(code | high << 4);
+            out[16 * j + lane / 2] = (uint8_t)(code | high << 4);
         if (lane == 0)
-            out[n / 2 + g] = scale;
+            out[n / 2 + j] = scale;
+    }
+}
+
+// One row of `index`.
+DSV4_DEVICE void warp_index_row(const struct dsv4_cuda_index_args &a, int64_t row) {
+    float v[INDEX_EACH];
+    int64_t angle = row / a.per_tok * a.n_pair;
+    warp_row_load(v, a.x + row * a.n, a.n);
+    if (a.cos)
+        warp_row_rope(v, a.n, a.cos + angle, a.sin + angle, a.n_pair);
+    if (a.hadamard)
+        warp_row_hadamard(v, a.n);
+    warp_index_store(a.rows + row * (int64_t)dsv4_index_row_bytes(a.n), v, a.n);
+}
+
+// ------------------------------------------------------------------------------------------------------- single launches
+
+// One group of 128 of a row of `act`, by a warp.
+DSV4_DEVICE void warp_act(const struct dsv4_cuda_act_args &a, int64_t row, int32_t group) {
+    int32_t groups = (a.n + DSV4_ACT_GROUP - 1) / DSV4_ACT_GROUP, lane = (int32_t)threadIdx.x % 32;
+    int32_t at = group * DSV4_ACT_GROUP + 4 * lane;
+    int64_t first = row * a.n + at;
+    dsv4_bf16 h[4];
+    uint8_t codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        h[i] = at + i < a.n ? a.x[first + i] : (dsv4_bf16)0;
+    if (a.quant) {
+        uint8_t scale = warp_act_quant(h, codes);
+        if (a.scales && lane == 0)
+            a.scales[row * groups + group] = scale;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            h[i] = dsv4_bf16_operand(h[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (at + i >= a.n)
+            break;
+        a.out[first + i] = h[i];
+        if (a.quant && a.codes)
+            a.codes[first + i] = codes[i];
+    }
+}
+
+// One row of `headnorm`, by 16 lanes, each with the pairs of its lane of rule 1; n may be odd where nothing is rotated.
+DSV4_DEVICE void half_warp_headnorm(const struct dsv4_cuda_headnorm_args &a, int64_t row) {
+    int32_t lane = (int32_t)threadIdx.x % 16;
+    int there = row < a.n_row;
+    int32_t end = there ? a.n : 0; // a row that is not there takes part in the shuffles alone
+    dsv4_bf16 *x = a.x + row * a.n;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int32_t at = 2 * lane; at < end; at += 32) {
+        float even = dsv4_bf16_to_f32(x[at]), odd = at + 1 < end ? dsv4_bf16_to_f32(x[at + 1]) : 0.0f;
+        sum = sum + dsv4_f32_operand(dsv4_round_bf16(odd * odd));
+        sum = sum + dsv4_f32_operand(dsv4_round_bf16(even * even));
+    }
+    sum = __shfl_sync(DSV4_FULL_WARP, dsv4_lane_tree(sum), (int)(threadIdx.x & 16));
+    float m = dsv4_round_bf16(sum / (float)a.n);
+    float r = dsv4_round_bf16(1.0f / sqrtf(dsv4_round_bf16(m + dsv4_round_bf16(a.eps))));
+    int32_t rotated = a.cos ? a.n - 2 * a.n_pair : a.n;
+#pragma unroll 4
+    for (int32_t at = 2 * lane; at < end; at += 32) {
+        float even = dsv4_round_bf16(dsv4_bf16_to_f32(x[at]) * r);
+        float odd = at + 1 < end ? dsv4_round_bf16(dsv4_bf16_to_f32(x[at + 1]) * r) : 0.0f;
+        if (at >= rotated) {
+            int64_t i = row / a.per_tok * a.n_pair + (at - rotated) / 2;
+            float c = a.cos[i], s = a.sin[i], first = even;
+            even = even * c - odd * s;
+            odd = first * s + odd * c;
+        }
+        x[at] = dsv4_f32_to_bf16(even);
+        if (at + 1 < end)
+            x[at + 1] = dsv4_f32_to_bf16(odd);
     }
 }

@@ -106,7 +106,6 @@ DSV4_DEVICE int find_window(const struct dsv4_cuda_pass &pass, int32_t ratio, in
 struct window_work {
     struct mean_square_work sums;
     dsv4_bf16 row[ENTRY_MAX];
-    float y[ROW_THREADS];
     float cos[ROW_THREADS], sin[ROW_THREADS];
 };
 
@@ -139,8 +138,12 @@ DSV4_KERNEL(windows_kernel, struct dsv4_cuda_windows_args, ROW_THREADS, 1) {
     float r = dsv4_rsqrtf(block_mean_square(s.sums, s.row, a.dim) + a.eps);
     block_norm_rope(s.row, a.norm, a.dim, r, s.cos, s.sin, n_pair);
     if (a.index) {
-        block_hadamard(s.row, s.y, a.dim);
-        block_index_store((uint8_t *)entry_row(state.index, entry, dsv4_index_row_bytes(a.dim)), s.row, a.dim);
+        float v[INDEX_EACH];
+        if (i >= 32)
+            return;
+        warp_row_load(v, s.row, a.dim);
+        warp_row_hadamard(v, a.dim);
+        warp_index_store((uint8_t *)entry_row(state.index, entry, dsv4_index_row_bytes(a.dim)), v, a.dim);
     } else {
         size_t bytes = dsv4_kv_row_bytes(a.format, a.dim, a.d_rope);
         block_kv_store((uint8_t *)entry_row(state.compressed, entry, bytes), s.row, a.format, a.dim, a.d_rope);

@@ -138,15 +138,34 @@ static void experts(int32_t n_tok, int32_t n_exp, int32_t top_k, int32_t d, int3
     for (int i = 0; i < 3 && cold >= 0; i++)
         w[i][cold].data = NULL;
     int32_t max_tile = DSV4_CUDA_TILES(n_tok, n_exp, top_k, tile_tok);
+    size_t n_ticket = (size_t)(max_tile * ((width + 127) / 128) + (d + 15) / 16);
+    int32_t hc = between(1, 8), *tickets = check_aligned(4 * n_ticket, 4), fused = (int32_t)check_below(2);
+    dsv4_bf16 *streams[2] = {check_aligned(2 * (size_t)(n_tok * hc * d), 2), check_aligned(2 * (size_t)(n_tok * hc * d), 2)};
+    float *post = check_aligned(4 * (size_t)(n_tok * hc), 4), *comb = check_aligned(4 * (size_t)(n_tok * hc * hc), 4);
+    memset(tickets, 0, 4 * n_ticket);
+    check_fill_bf16(streams[0], (size_t)(n_tok * hc * d), CHECK_NORMAL);
+    check_fill_f32(post, (size_t)(n_tok * hc), CHECK_NORMAL);
+    check_fill_f32(comb, (size_t)(n_tok * hc * hc), CHECK_NORMAL);
+    memcpy(streams[1], streams[0], 2 * (size_t)(n_tok * hc * d));
+    struct dsv4_cuda_swiglu_args swiglu = {
+        .out = mid[1][2], .g = mid[1][0], .u = mid[1][1], .weights = g.row_weight, .n_row = n_row, .n = width,
+        .first_shared = n_tok * top_k, .limit = 0.7f, .shared_limit = INFINITY, .quant = quant[0], .shared_quant = quant[1]};
+    struct dsv4_cuda_expert_sum_args sum = {
+        .out = y[1], .rows = out[1], .tok_rows = g.tok_rows, .n_tok = n_tok, .per_tok = per_tok, .n = d};
+    struct dsv4_cuda_spread_args spread = {
+        .out = streams[1], .y = y[1], .streams = streams[1], .post = post, .comb = comb, .n_tok = n_tok, .hc = hc,
+        .d_model = d};
+    int whole = fused && cold < 0;
     RUN(experts, .w = {w[0], w[1]}, .out = {mid[1][0], mid[1][1]}, .x_quant = xq, .x_plain = x, .row_tok = g.row_tok,
         .tiles = g.tiles, .n_tile = g.n_tile, .max_tile = max_tile, .tile_tok = tile_tok, .rows = width, .cols = d,
-        .n_tok = n_tok);
-    RUN(swiglu, .out = mid[1][2], .g = mid[1][0], .u = mid[1][1], .weights = g.row_weight, .n_row = n_row, .n = width,
-        .first_shared = n_tok * top_k, .limit = 0.7f, .shared_limit = INFINITY, .quant = quant[0],
-        .shared_quant = quant[1]);
+        .n_tok = n_tok, .tickets = tickets, .swiglu = whole ? &swiglu : NULL);
+    if (!whole)
+        check_true(dsv4_cuda_swiglu(&swiglu, NULL) == 0, "launch");
     RUN(experts, .w = {w[2]}, .out = {out[1]}, .x_quant = mid[1][2], .x_plain = mid[1][2], .tiles = g.tiles,
-        .n_tile = g.n_tile, .max_tile = max_tile, .tile_tok = tile_tok, .rows = d, .cols = width, .n_tok = n_tok);
-    RUN(expert_sum, .out = y[1], .rows = out[1], .tok_rows = g.tok_rows, .n_tok = n_tok, .per_tok = per_tok, .n = d);
+        .n_tile = g.n_tile, .max_tile = max_tile, .tile_tok = tile_tok, .rows = d, .cols = width, .n_tok = n_tok,
+        .tickets = tickets, .sum = whole ? &sum : NULL, .spread = whole ? &spread : NULL);
+    if (!whole)
+        check_true(dsv4_cuda_expert_sum(&sum, NULL) == 0 && dsv4_cuda_spread(&spread, NULL) == 0, "launch");
 
     for (int32_t e = 0; e <= n_exp; e++) {
         int32_t first = g.group_first[e], n = g.group_first[e + 1] - first, q = quant[e == n_exp];
@@ -171,12 +190,16 @@ static void experts(int32_t n_tok, int32_t n_exp, int32_t top_k, int32_t d, int3
         for (int32_t j = 0; j < per_tok; j++)
             rows[j] = out[0] + g.tok_rows[t * per_tok + j] * d;
         ref()->expert_sum(y[0] + t * d, rows, per_tok, d);
+        ref()->hc_post(&(struct dsv4_hc_post_args){
+            .out = streams[0] + t * hc * d, .y = y[0] + t * d, .streams = streams[0] + t * hc * d, .post = post + t * hc,
+            .comb = comb + t * hc * hc, .hc = hc, .d_model = d, .c0 = 0, .c1 = d});
     }
     same_bf16("gate", mid[1][0], mid[0][0], size);
     same_bf16("up", mid[1][1], mid[0][1], size);
     same_bf16("swiglu", mid[1][2], mid[0][2], size);
     same_bf16("down", out[1], out[0], all * (size_t)d);
     same_bf16("expert_sum", y[1], y[0], (size_t)(n_tok * d));
+    same_bf16("spread", streams[1], streams[0], (size_t)(n_tok * hc * d));
     check_reset();
 }
 

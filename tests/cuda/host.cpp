@@ -2,6 +2,8 @@
 // The scheduler of host.h.
 #include "host.h"
 
+#include <numeric>
+#include <set>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,7 +29,7 @@ struct fiber {
     bool started;
     enum state state;
     size_t shared_at;
-    unsigned exchanges;
+    unsigned exchanges, votes;
     int group;
     std::vector<copy> copies;
     float *d; // fragments of an mma
@@ -39,6 +41,8 @@ unsigned char *stacks;
 jmp_buf scheduler;
 unsigned current, n_threads;
 uint64_t slots[MAX_THREADS / WARP][2][WARP];
+int votes[2][MAX_THREADS];
+std::set<const int32_t *> tickets; // of the launch
 alignas(64) unsigned char shared[SHARED_BYTES];
 void (*kernel_body)(const void *);
 const void *kernel_args;
@@ -163,7 +167,7 @@ void run_block(unsigned turn) {
     for (unsigned t = 0; t < n_threads; t++) {
         fibers[t].started = false;
         fibers[t].state = READY;
-        fibers[t].shared_at = fibers[t].exchanges = 0;
+        fibers[t].shared_at = fibers[t].exchanges = fibers[t].votes = 0;
         fibers[t].group = 0;
     }
     do
@@ -189,6 +193,19 @@ void dsv4_host_mma(float *d, const uint32_t *a, const uint32_t *b) {
 
 void __syncthreads() {
     pause(AT_BLOCK);
+}
+
+int __syncthreads_or(int predicate) {
+    int *all = votes[fibers[current].votes++ % 2], any = 0;
+    all[current] = predicate;
+    pause(AT_BLOCK);
+    for (unsigned t = 0; t < n_threads; t++)
+        any |= all[t];
+    return any != 0;
+}
+
+void dsv4_host_ticket(const int32_t *ticket) {
+    tickets.insert(ticket);
 }
 
 const uint64_t *dsv4_host_exchange(uint64_t value) {
@@ -252,12 +269,18 @@ int dsv4_host_launch(void *stream, const dsv4_host_node &launch) {
     gridDim = grid;
     blockDim = dim3(threads);
     unsigned turn = launches++;
-    late_copies = turn / 2 % 2;
-    unsigned n_block = grid.x * grid.y * grid.z;
+    late_copies = turn / 4 % 2;
+    unsigned n_block = grid.x * grid.y * grid.z, stride = 1;
+    while (turn % 4 == 3 && (stride < n_block / 3 || std::gcd(stride, n_block) > 1))
+        stride++; // every block once, far from the one before
     for (unsigned i = 0; i < n_block; i++) {
-        unsigned at = turn % 4 < 2 ? i : n_block - 1 - i;
+        unsigned at = turn % 4 == 2 ? n_block - 1 - i : (unsigned)((uint64_t)i * stride % n_block);
         blockIdx = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
         run_block(turn + blockIdx.x);
     }
+    for (const int32_t *ticket : tickets)
+        if (*ticket)
+            fail("left a ticket that is not zero");
+    tickets.clear();
     return 0;
 }

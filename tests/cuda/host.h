@@ -4,7 +4,8 @@
 // at barriers and shuffles.  The order of blocks and threads changes from launch to launch, shared memory starts as NaN, and
 // asynchronous copies happen as early or as late as they may, so that a missing barrier or wait shows as other bits.
 // An mma happens when its whole warp is there; its sums in one of two orders (dsv4_host_mma_cuts).
-// A barrier that some threads of a block (or warp) do not reach ends the program.
+// A barrier that some threads of a block (or warp) do not reach, and a ticket (device.cuh) that is not zero when a launch
+// ends, end the program.
 #pragma once
 
 #include <math.h>
@@ -49,6 +50,12 @@ struct dsv4_host_stream {
 int dsv4_host_launch(void *stream, const dsv4_host_node &launch);
 
 void __syncthreads();
+int __syncthreads_or(int predicate);
+// A counter that must be zero before and after each launch.
+void dsv4_host_ticket(const int32_t *ticket);
+// Blocks run one after the other: what one wrote the next one sees.
+static inline void __threadfence() {
+}
 static inline void __syncwarp(unsigned = ~0u) {
     dsv4_host_exchange(0);
 }
