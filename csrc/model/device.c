@@ -177,13 +177,10 @@ static void all_buffers(struct placing *p) {
     size_t n_exp = (size_t)c->n_routed_experts, ql = (size_t)c->q_lora_rank, mixes = (2 + hc) * hc;
     size_t dim = (size_t)c->head_dim, idim = (size_t)c->index_head_dim;
 #define TAKE(field, count) b->field = take(p, (uint64_t)(count) * sizeof *b->field)
-    TAKE(ids, n);
-    TAKE(positions, n);
-    TAKE(piece_of, n);
+    dsv4_staging_measure(p->d);
+    TAKE(in, p->d->staging.in_bytes);
+    TAKE(out, p->d->staging.out_bytes);
     TAKE(tok, DSV4_LOGIT_ROWS);
-    TAKE(pieces, n);
-    TAKE(states, n * (size_t)c->num_hidden_layers);
-    TAKE(bad, 1);
     TAKE(tickets, most_tickets(c));
     TAKE(streams, n * hc * d);
     TAKE(u, n * d);
@@ -272,11 +269,9 @@ static dsv4_status clear_tickets(struct dsv4_device *d, dsv4_error *err) {
 dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
     const dsv4_model *m = d->model;
     const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
-    size_t n_layer = (size_t)m->config.num_hidden_layers, chunk = (size_t)m->options.chunk_tok;
+    size_t n_layer = (size_t)m->config.num_hidden_layers;
     uint64_t free_bytes = 0;
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
-    DSV4_TRY(dsv4_arena_take(m->arena, &d->states, n_layer * chunk, sizeof *d->states, err));
-    DSV4_TRY(dsv4_arena_take(m->arena, &d->pieces, chunk, sizeof *d->pieces, err));
     if (d->end_layer == m->config.num_hidden_layers) {
         DSV4_TRY(dsv4_arena_take(m->arena, &d->draws, dsv4_device_draw_bytes(m), 1, err));
         DSV4_TRY(dsv4_arena_take(m->arena, &d->drawn, dsv4_device_drawn_words(), sizeof *d->drawn, err));
@@ -289,6 +284,7 @@ dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *
                          "use device='cpu', or a GPU with more memory", (double)weights / (1 << 30),
                          (double)buffers / (1 << 30), room < free_bytes ? "allowed" : "free", (double)room / (1 << 30));
     DSV4_TRY(dsv4_device_status(d, rt->stream_create(&d->stream), "a stream", err));
+    DSV4_TRY(dsv4_staging_create(d, err));
     DSV4_TRY(fill(d, &d->workspace, buffers, all_buffers, "memory for a pass", err));
     DSV4_TRY(fill(d, &d->weights, weights, all_weights, "memory for weights", err));
     DSV4_TRY(clear_tickets(d, err));
@@ -301,6 +297,7 @@ void dsv4_device_destroy(struct dsv4_device *d) {
     if (d->stream)
         rt->synchronize(d->stream);
     dsv4_graphs_drop(d);
+    dsv4_staging_destroy(d);
     rt->release(d->weights);
     rt->release(d->workspace);
     rt->release(d->scratch);

@@ -25,11 +25,13 @@ struct dsv4_device_layer {
 
 /* Buffers of a pass on the device, N = chunk tokens, P = N (top_k + 1) rows; as in struct dsv4_workspace. */
 struct dsv4_device_buffers {
-    int32_t *ids, *positions, *piece_of, *tok;
-    struct dsv4_cuda_piece *pieces; /* [N] */
-    struct dsv4_cuda_state *states; /* [layers][N] */
+    uint8_t *in, *out;              /* of the staging */
+    int32_t *ids, *positions, *piece_of; /* of the pass at work, in `in`, like the next three */
+    struct dsv4_cuda_piece *pieces; /* [pieces] */
+    struct dsv4_cuda_state *states; /* [layers of the stage][pieces] */
     int32_t *bad;                   /* [1] */
     int32_t *tickets;               /* zeros between launches (launches.h) */
+    int32_t *tok;
     dsv4_bf16 *streams, *u, *u_quant, *u_plain, *y;
     float *dots, *post, *comb;
     float *cos_main, *sin_main, *cos_comp, *sin_comp;
@@ -47,6 +49,17 @@ struct dsv4_device_buffers {
     uint8_t *draws;   /* of the last stage, like the next two: what rows sample from, as in struct dsv4_device */
     int32_t *drawn;
     uint8_t *sample_scratch;
+};
+
+/* What passes between host and device (device_staging.c); its blocks are as large on both sides. */
+struct dsv4_staging {
+    uint8_t *in, *out;             /* owned, host: memory that stays in place */
+    size_t in_bytes, out_bytes, most_copies;
+    struct dsv4_cuda_copy *copies; /* in `in`: what is wanted back */
+    void **places;                 /* where each of them goes; owned by the model's arena */
+    int32_t n_copy;
+    size_t used;                   /* of out, by these copies */
+    int busy;                      /* what was sent may not have been read */
 };
 
 enum {
@@ -93,8 +106,7 @@ struct dsv4_device {
     struct dsv4_hyper hc_head;
     const float *norm, *freq_main, *freq_compressed;
     struct dsv4_device_buffers b;
-    struct dsv4_cuda_state *states;   /* host: [layers][chunk], owned by the model's arena */
-    struct dsv4_cuda_piece *pieces;   /* host: [chunk] */
+    struct dsv4_staging staging;
     uint8_t *draws;                   /* host, of the last stage: choices of rows and their lists, owned by the arena */
     int32_t *drawn;                   /* host, likewise: tokens and log-probabilities */
     struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
@@ -139,6 +151,13 @@ size_t dsv4_device_drawn_words(void);
 /* device_graph.c: no graph is left: what they point to has moved, or goes. */
 void dsv4_graphs_drop(struct dsv4_device *d);
 
+/* device_staging.c: sets the sizes (layers are known); allocates the host's part.  Destroy is legal after each. */
+void dsv4_staging_measure(struct dsv4_device *d);
+dsv4_status dsv4_staging_create(struct dsv4_device *d, dsv4_error *err);
+void dsv4_staging_destroy(struct dsv4_device *d);
+/* The pass at work will bring these bytes of the device to the host.  There is room (dsv4_staging_measure). */
+void dsv4_staging_want(struct dsv4_device *d, void *host, const void *there, size_t bytes);
+
 /* -------------------------------------------------------------------------------------- device_kv.c: state of sessions */
 
 /* A session's state on a stage's device, as it is at `position`; rows of a layer in blocks of DSV4_CUDA_BLOCK_ROWS. */
@@ -166,6 +185,6 @@ void dsv4_mirror_state(const struct dsv4_mirror *k, int32_t layer, struct dsv4_c
 /* Where row `row` of a layer's compressed (or index) rows lies on the device; *n of them lie there, one after another. */
 const uint8_t *dsv4_mirror_rows(const struct dsv4_device *d, const struct dsv4_piece *piece, int32_t layer, int index,
                                 int32_t row, int32_t *n);
-/* What the pass wrote for this piece into the host's state; complete after the next synchronize. */
-dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_piece *piece, dsv4_error *err);
+/* What the pass writes for this piece is wanted in the host's state. */
+void dsv4_mirror_want(struct dsv4_device *d, const struct dsv4_piece *piece);
 #endif

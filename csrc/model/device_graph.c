@@ -103,7 +103,7 @@ static dsv4_status launch(run *r, int32_t first, int32_t end) {
         DSV4_TRY(dsv4_device_enter(r));
     for (int32_t half = first; half < end && (r->capturing || !dsv4_cancelled(r->w)); half++)
         DSV4_TRY(dsv4_device_half_layer(r, half));
-    return DSV4_OK;
+    return end == 2 * r->d->end_layer ? dsv4_device_gather(r) : DSV4_OK;
 }
 
 static dsv4_status capture(run *r, int32_t first, int32_t end, void **out) {

@@ -180,19 +180,27 @@ static dsv4_status grow(struct dsv4_mirror *k, int32_t tokens, dsv4_error *err) 
     return DSV4_OK;
 }
 
-/* Rows [first, end) of a layer's store, up or down. */
-static dsv4_status move_rows(const struct dsv4_mirror *k, const struct dsv4_row_store *s, int32_t layer, int index,
-                             int32_t first, int32_t end, int down, dsv4_error *err) {
-    struct dsv4_device *d = k->device;
-    const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
+/* What happens to a stretch of rows: `there` on the device. */
+typedef dsv4_status stretch_fn(struct dsv4_device *d, uint8_t *host, uint8_t *there, size_t bytes, dsv4_error *err);
+
+static dsv4_status send_stretch(struct dsv4_device *d, uint8_t *host, uint8_t *there, size_t bytes, dsv4_error *err) {
+    return dsv4_device_status(d, d->plugin->runtime.upload(there, host, bytes, d->stream), "rows of a session", err);
+}
+
+static dsv4_status want_stretch(struct dsv4_device *d, uint8_t *host, uint8_t *there, size_t bytes, dsv4_error *err) {
+    (void)err;
+    dsv4_staging_want(d, host, there, bytes);
+    return DSV4_OK;
+}
+
+/* Rows [first, end) of a layer's store. */
+static dsv4_status each_stretch(const struct dsv4_mirror *k, const struct dsv4_row_store *s, int32_t layer, int index,
+                                int32_t first, int32_t end, stretch_fn *fn, dsv4_error *err) {
     int32_t together = 1 << s->shift; /* no more than BLOCK, and blocks begin at the same rows */
     for (int32_t r = first, n; r < end; r += n) {
         n = together - r % together < end - r ? together - r % together : end - r;
-        uint8_t *host = dsv4_row(s, r);
         uint8_t *there = k->tables[k->at[2 * layer + index] + (size_t)(r / BLOCK)] + (size_t)(r % BLOCK) * s->row_bytes;
-        size_t bytes = (size_t)n * s->row_bytes;
-        int code = down ? rt->download(host, there, bytes, d->stream) : rt->upload(there, host, bytes, d->stream);
-        DSV4_TRY(dsv4_device_status(d, code, "rows of a session", err));
+        DSV4_TRY(fn(k->device, dsv4_row(s, r), there, (size_t)n * s->row_bytes, err));
     }
     return DSV4_OK;
 }
@@ -210,11 +218,11 @@ static dsv4_status copy_state(struct dsv4_mirror *k, const struct dsv4_pass *p, 
             continue;
         int32_t rows = piece->position / m->layers[i].compressor.ratio;
         dsv4_check_rows(p, &kv->layers[i].compressed, i, 0, rows);
-        DSV4_TRY(move_rows(k, &kv->layers[i].compressed, i, 0, 0, rows, 0, err));
+        DSV4_TRY(each_stretch(k, &kv->layers[i].compressed, i, 0, 0, rows, send_stretch, err));
         if (m->layers[i].kind != DSV4_CSA)
             continue;
         dsv4_check_rows(p, &kv->layers[i].index, i, 0, rows);
-        DSV4_TRY(move_rows(k, &kv->layers[i].index, i, 1, 0, rows, 0, err));
+        DSV4_TRY(each_stretch(k, &kv->layers[i].index, i, 1, 0, rows, send_stretch, err));
     }
     return DSV4_OK;
 }
@@ -251,44 +259,37 @@ const uint8_t *dsv4_mirror_rows(const struct dsv4_device *d, const struct dsv4_p
     return k->tables[k->at[2 * layer + index] + (size_t)(row / BLOCK)] + (size_t)(row % BLOCK) * row_bytes(d->model, layer, index);
 }
 
-/* The slots of tokens [position, position + n) of one ring, in at most two runs. */
-static dsv4_status fetch_ring(struct dsv4_mirror *k, struct dsv4_kv *kv, size_t at, int32_t slots, size_t row,
-                              int32_t position, int32_t n, dsv4_error *err) {
-    struct dsv4_device *d = k->device;
-    int32_t left = n < slots ? n : slots, slot = (position + n - left) % slots;
+/* The slots of the piece's tokens in the ring at `at` of the fixed state, in at most two runs. */
+static void want_ring(struct dsv4_mirror *k, const struct dsv4_piece *piece, size_t at, int32_t slots, size_t row) {
+    int32_t left = piece->n < slots ? piece->n : slots, slot = (piece->position + piece->n - left) % slots;
     while (left > 0) {
         int32_t run = left < slots - slot ? left : slots - slot;
-        size_t from = at + (size_t)slot * row, bytes = (size_t)run * row;
-        DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.download(kv->fixed + from, fixed_at(k, from), bytes, d->stream),
-                                    "the state of a session", err));
+        size_t from = at + (size_t)slot * row;
+        dsv4_staging_want(k->device, piece->kv->fixed + from, fixed_at(k, from), (size_t)run * row);
         left -= run;
         slot = 0;
     }
-    return DSV4_OK;
 }
 
-dsv4_status dsv4_mirror_fetch(struct dsv4_device *d, const struct dsv4_piece *piece, dsv4_error *err) {
+void dsv4_mirror_want(struct dsv4_device *d, const struct dsv4_piece *piece) {
     const dsv4_model *m = d->model;
-    struct dsv4_kv *kv = piece->kv;
+    const struct dsv4_kv *kv = piece->kv;
     struct dsv4_mirror *k = dsv4_mirror_of(d, piece);
-    int32_t end = piece->position + piece->n;
     for (int32_t i = d->first_layer; i < d->end_layer; i++) {
         const struct dsv4_layer *l = &m->layers[i];
         const struct dsv4_state_layout *s = &m->state[i];
         size_t raw = dsv4_state_row_bytes(&l->compressor), index_raw = dsv4_state_row_bytes(&l->index_compressor);
-        DSV4_TRY(fetch_ring(k, kv, s->window, m->config.sliding_window, m->kv_row, piece->position, piece->n, err));
+        want_ring(k, piece, s->window, m->config.sliding_window, m->kv_row);
         if (l->kind == DSV4_SWA)
             continue;
-        int32_t ratio = l->compressor.ratio;
-        DSV4_TRY(fetch_ring(k, kv, s->k, s->rows, raw, piece->position, piece->n, err));
-        DSV4_TRY(fetch_ring(k, kv, s->gate, s->rows, raw, piece->position, piece->n, err));
-        DSV4_TRY(move_rows(k, &kv->layers[i].compressed, i, 0, piece->position / ratio, end / ratio, 1, err));
+        int32_t first = piece->position / l->compressor.ratio, end = (piece->position + piece->n) / l->compressor.ratio;
+        want_ring(k, piece, s->k, s->rows, raw);
+        want_ring(k, piece, s->gate, s->rows, raw);
+        each_stretch(k, &kv->layers[i].compressed, i, 0, first, end, want_stretch, NULL);
         if (l->kind != DSV4_CSA)
             continue;
-        DSV4_TRY(fetch_ring(k, kv, s->index_k, s->rows, index_raw, piece->position, piece->n, err));
-        DSV4_TRY(fetch_ring(k, kv, s->index_gate, s->rows, index_raw, piece->position, piece->n, err));
-        DSV4_TRY(move_rows(k, &kv->layers[i].index, i, 1, piece->position / ratio, end / ratio, 1, err));
+        want_ring(k, piece, s->index_k, s->rows, index_raw);
+        want_ring(k, piece, s->index_gate, s->rows, index_raw);
+        each_stretch(k, &kv->layers[i].index, i, 1, first, end, want_stretch, NULL);
     }
-    k->position = end;
-    return DSV4_OK;
 }

@@ -302,7 +302,7 @@ dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
         DSV4_TRY(dsv4_device_at_ffn(r, layer));
         return dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS);
     }
-    r->pass.states = r->d->b.states + (size_t)layer * (size_t)r->p->n_piece;
+    r->pass.states = r->d->b.states + (ptrdiff_t)(layer - r->d->first_layer) * r->p->n_piece;
     DSV4_TRY(dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS_IN));
     DSV4_TRY(collapse(r, &dl->l.hc_attn, dl->l.attn_norm, dsv4_device_pre(r, layer, DSV4_SITE_ATTENTION_MIX)));
     DSV4_TRY(attention(r, &dl->l, layer));

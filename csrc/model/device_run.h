@@ -25,6 +25,8 @@ struct dsv4_device_run {
     struct dsv4_shape_graphs *graphs; /* of this shape; NULL: its launches are not captured */
     int eager;                  /* never captured: somebody looks into the pass */
     int capturing;
+    int32_t fetched;            /* pieces whose rows are back or asked for */
+    int32_t bad;                /* the lowest layer that found a NaN, or INT_MAX */
     dsv4_error *err;
 };
 
@@ -48,6 +50,14 @@ dsv4_status dsv4_device_half_layer(struct dsv4_device_run *r, int32_t half);
 static inline int dsv4_device_scored(const struct dsv4_device_run *r, const struct dsv4_layer *l) {
     return l->kind == DSV4_CSA && l->compressor.ratio <= r->shape.scored_ratio;
 }
+
+/* device_staging.c: the input of the pass is sent and what shall come back is listed; gathered, at the end of the last
+ * segment; copied, after which somebody waits for the stream; put in its place.  A pass that ends early leaves the last
+ * two out. */
+dsv4_status dsv4_device_send(struct dsv4_device_run *r);
+dsv4_status dsv4_device_gather(const struct dsv4_device_run *r);
+dsv4_status dsv4_device_fetch(struct dsv4_device_run *r);
+void dsv4_device_arrive(struct dsv4_device_run *r);
 
 /* device_graph.c: the shape of the pass, and its graphs if this shape was here before; once, before the first segment. */
 void dsv4_graphs_find(struct dsv4_device_run *r);

@@ -242,6 +242,20 @@ struct dsv4_cuda_keep_args {
     size_t kv_row;
 };
 
+/* Bytes of the device to out + to. */
+struct dsv4_cuda_copy {
+    const void *from;
+    uint32_t to, bytes;
+};
+
+/* n_copy copies into one block of memory; n_block: of the grid, any number. */
+struct dsv4_cuda_gather_args {
+    uint8_t *out; /* 16-byte aligned where copies are to be fast */
+    const struct dsv4_cuda_copy *copies;
+    const int32_t *n_copy; /* [1] */
+    int32_t n_block;
+};
+
 /* The plain contract: pointers to rows on the device. */
 struct dsv4_cuda_pool_args {
     dsv4_bf16 *out;
@@ -474,6 +488,7 @@ struct dsv4_cuda_tap_args {
     X(spread)                                                                                                          \
     X(norm_kv)                                                                                                         \
     X(windows)                                                                                                         \
+    X(gather)                                                                                                          \
     X(keep)                                                                                                            \
     X(pool)                                                                                                            \
     X(keys)                                                                                                            \

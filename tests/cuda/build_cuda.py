@@ -33,6 +33,7 @@ BUDGETS = {
     "attention": (104, 22000),
     "beside": (40, 0),
     "ends": (40, 2100),
+    "gather": (40, 0),
     "hyper": (64, 9000),
     "indexer": (168, 6000),
     "linear": (168, 44000),

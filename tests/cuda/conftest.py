@@ -75,6 +75,14 @@ def live(host_plugin: Path) -> Callable[[], int]:
 
 
 @pytest.fixture
+def used(host_plugin: Path) -> Callable[[], int]:
+    """Bytes of the device in use."""
+    function = ctypes.CDLL(str(host_plugin)).host_used
+    function.restype = ctypes.c_uint64
+    return function
+
+
+@pytest.fixture
 def cpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
     with dsv4.load(nano("nano-flash"), device="cpu", threads=1) as model:
         yield model

@@ -111,3 +111,33 @@ def test_graphs_that_are_not_needed_go(
         assert step(2) == 2
     gc.collect()
     assert live() == before and host.host_graphs() == 0
+
+
+def test_calls_of_a_step(gpu: dsv4.Model, host: ctypes.CDLL) -> None:
+    """What a decode step asks of the runtime: a copy each way, one graph, one wait."""
+    calls = (b"upload", b"graph_launch", b"download", b"synchronize", b"allocate")
+    (session,) = filled((gpu,), 20)
+    for i in range(2):
+        gpu.step([(session, IDS[i:i + 1])], logits="none")
+    before = [host.host_calls(call) for call in calls]
+    gpu.step([(session, IDS[2:3])], logits="none")
+    assert [host.host_calls(call) - n for call, n in zip(calls, before, strict=True)] == [
+        1, 1, 1, 1, 0]
+
+
+def test_more_sessions_than_come_back_at_once(
+    tmp_path: Path, host_device: None, host: ctypes.CDLL,
+) -> None:
+    """A pass of many pieces: their rows are copied in rounds, and each finds its session."""
+    folder = nano.make("csa-layer", 6, tmp_path, num_hidden_layers=1, num_hash_layers=0,
+                       compress_ratios=[4, 0], hc_mult=2, num_attention_heads=2, vocab_size=128,
+                       index_n_heads=4)
+    with (dsv4.load(folder, device="cpu", threads=1) as cpu,
+          dsv4.load(folder, device="cuda", threads=1) as gpu):
+        pairs = [filled((cpu, gpu), 3 + i % 4, i) for i in range(70)]
+        before = host.host_calls(b"download")
+        for k, model in enumerate((cpu, gpu)):
+            model.step([(pair[k], IDS[i % 8:i % 8 + 1] % 128) for i, pair in enumerate(pairs)],
+                       logits="none")
+        assert host.host_calls(b"download") - before == 2
+        assert all(same_state(a, b) for a, b in pairs)

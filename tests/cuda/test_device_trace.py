@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces of passes on the device, with the plugin's kernels executed on the CPU: the CPU's bits."""
 
-import ctypes
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,14 +36,6 @@ def cpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
 def gpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
     with dsv4.load(nano("nano-flash"), device="cuda", threads=2) as model:
         yield model
-
-
-@pytest.fixture
-def live(host_plugin: Path) -> Callable[[], int]:
-    """What the device still holds."""
-    function = ctypes.CDLL(str(host_plugin)).host_live
-    function.restype = ctypes.c_uint64
-    return function
 
 
 @pytest.fixture
@@ -125,12 +116,12 @@ def test_a_batch(cpu: dsv4.Model, gpu: dsv4.Model) -> None:
 
 
 def test_little_room_on_the_device(
-    cpu: dsv4.Model, gpu: dsv4.Model, live: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
+    cpu: dsv4.Model, gpu: dsv4.Model, used: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is copied waits in a small stage that the host empties more than once in a pass."""
     session, t = gpu.session(), dsv4.Trace(gpu, router=[0])
     session.append(IDS[:6])
-    monkeypatch.setenv("HOST_BYTES", str(live()))
+    monkeypatch.setenv("HOST_BYTES", str(used()))
     with pytest.raises(MemoryError, match="memory for a trace"):
         session.append(IDS[:6], trace=t)
     assert (session.position, len(t)) == (6, 0)
@@ -140,7 +131,7 @@ def test_little_room_on_the_device(
     traces = [dsv4.Trace(model, **EVERYTHING) for model in (cpu, gpu)]
     for session in sessions:
         session.append(IDS[:1])
-    monkeypatch.setenv("HOST_BYTES", str(live() + 50_000))
+    monkeypatch.setenv("HOST_BYTES", str(used() + 50_000))
     for session, t in zip(sessions, traces, strict=True):
         session.append(IDS[1:6], trace=t)
     assert_same(*traces)
