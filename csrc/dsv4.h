@@ -70,6 +70,7 @@ struct dsv4_options {
     uint64_t expert_bytes;          /* with use_mmap: memory for routed experts, read from disk when chosen; 0: no limit */
     int32_t copy_to_nodes;          /* with use_mmap and several memory nodes: copy weights to where they are used */
     int32_t use_cuda;               /* 1: the first CUDA device computes; all weights are copied there */
+    int32_t tensor_cores;           /* with use_cuda: prompts are computed on tensor cores, not with the CPU's sums */
     uint64_t gpu_bytes;             /* with use_cuda: most bytes for weights and a pass; 0: what is free */
     const char *cuda_plugin, *cuda_driver; /* with use_cuda: as for dsv4_devices */
     const char *root;               /* where /sys and /proc are found, for tests; NULL: this machine's */
@@ -347,6 +348,7 @@ struct dsv4_segment {
     /* 1: taps lie on the model's device (dsv4_memory_create).  Not in a step that the CPU computes: one with an edited
      * session, or with a tap of ATTENTION_WEIGHTS. */
     int32_t taps_on_device;
+    int32_t prompt; /* 1: the tokens are given, 0: generated; with tensor_cores it decides which sums are used */
 };
 
 /* Where the time of a step goes, as its first worker sees it; the first four are linear layers by weight format. */

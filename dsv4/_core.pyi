@@ -51,6 +51,7 @@ class Model:
         segments: Sequence[
             tuple[Session, Any, int, Sampler | None]
             | tuple[Session, Any, int, Sampler | None, Sequence[_Tap] | None]
+            | tuple[Session, Any, int, Sampler | None, Sequence[_Tap] | None, int]
         ],
         seconds: npt.NDArray[np.float32] | None,
         /,

@@ -30,10 +30,7 @@ LOGPROBS_PIECE = 128
 FINISH: dict[int, Literal["stop", "length"]] = {1: "stop", 2: "length"}
 WANT_NONE, WANT_LAST, WANT_ALL = 0, 1, 2
 
-Segment = (
-    tuple[_core.Session, Any, int, _core.Sampler | None]
-    | tuple[_core.Session, Any, int, _core.Sampler | None, Any]
-)
+Segment = tuple[_core.Session, Any, int, _core.Sampler | None, Any, int]
 
 
 class TokenLogprob(NamedTuple):
@@ -310,11 +307,12 @@ class Answer:
         wants_all = self.prompt_logprobs is not None and fed <= n
         want = WANT_ALL if wants_all else WANT_LAST if edited and fed >= n else WANT_NONE
         sampler = self.sampler if fed >= n and not edited else None
-        if self.trace is None:
-            return self.session._core, ids, want, sampler
-        self.traced = ids
-        taps = self.trace.begin(self.session.position, len(ids))
-        return self.session._core, ids, self.trace.want(want), sampler, taps
+        taps, prompt = None, int(not self.decoding)
+        if self.trace is not None:
+            self.traced = ids
+            taps = self.trace.begin(self.session.position, len(ids))
+            want = self.trace.want(want)
+        return self.session._core, ids, want, sampler, taps, prompt
 
     def take(self, logits: Float32 | None, sample: "_core._Sample | None") -> list[Event]:
         """What a step gave: log-probabilities of the prompt, a token.  `fed` stays behind until

@@ -40,7 +40,7 @@ def load(
     threads: int | None = None, numerics: str = "official", mmap: bool = True,
     memory: int | None = None, gpu_memory: int | None = None, verify: str | None = None,
     revision: str | None = None, local_files_only: bool = False, april_kv: bool = False,
-    april_shared: bool = False,
+    april_shared: bool = False, exact: bool = True,
 ) -> Model:
     """Load a model.
 
@@ -79,6 +79,14 @@ def load(
     april_kv, april_shared : bool
         Repeat two deviations of the code published in April: KV rows not rounded to FP8, the
         shared expert not clamped.
+    exact : bool
+        False lets a GPU compute prompts (and appends of several tokens) on its tensor cores, which
+        add in another order than the CPU: the numbers differ within the noise of any other order
+        of the same sums.  They do not depend on what else is in a step, nor on how a prompt is cut,
+        but on the GPU's architecture.  Generated tokens and appends of one have the CPU's sums
+        still; what a rewind computes again counts as a prompt, and what runs on the CPU (steps
+        with edits, layers called alone) is exact.  A saved session says which it is; one of the
+        other kind is refused.  On the CPU nothing changes.
 
     Returns
     -------
@@ -111,7 +119,7 @@ def load(
     ...     model.config.num_hidden_layers > 5
     True
     """
-    options = _options(device, threads, numerics, mmap, april_kv, april_shared)
+    options = _options(device, threads, numerics, mmap, april_kv, april_shared, exact)
     if memory is not None:
         memory = check_bytes(memory, "memory")
     if gpu_memory is not None:
@@ -165,11 +173,11 @@ def kernel_info() -> dict[str, str]:
 
 def _options(
     device: object, threads: object, numerics: object, mmap: object, april_kv: object,
-    april_shared: object,
+    april_shared: object, exact: object = True,
 ) -> dict[str, Any]:
     if not isinstance(numerics, str) or numerics not in NUMERICS:
         raise ValueError(f"numerics: got {numerics!r}, wanted 'official' or 'weights'")
-    flags = {"mmap": mmap, "april_kv": april_kv, "april_shared": april_shared}
+    flags = {"mmap": mmap, "april_kv": april_kv, "april_shared": april_shared, "exact": exact}
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, wanted True or False")
@@ -180,6 +188,7 @@ def _options(
         april_shared=int(april_shared is True), n_thread=n_thread, chunk_tok=0,
         use_mmap=int(mmap is True), expert_bytes=0,
         copy_to_nodes=0, why_cpu=why_cpu, use_cuda=int(chosen == "cuda"), gpu_bytes=0,
+        tensor_cores=int(exact is False),
         cuda_plugin=str(devices.PLUGIN), cuda_driver=devices.DRIVER,
         disable=os.environ.get("DSV4_CPU_DISABLE") or None,
     )
@@ -252,7 +261,8 @@ def _check_device(options: dict[str, Any]) -> None:
     given = []
     with Checkpoint.open(DEFAULT_MODEL) as small:
         for use_cuda in (0, 1):
-            core = engine(small, options | {"use_cuda": use_cuda, "expert_bytes": 0})
+            core = engine(small, options | {
+                "use_cuda": use_cuda, "expert_bytes": 0, "tensor_cores": 0})
             try:
                 session = _core.Session(core, 0)
                 for ids in CHECK_PROMPT, CHECK_PROMPT[:1]:

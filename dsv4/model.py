@@ -58,6 +58,8 @@ class Model:
         Where steps run.
     numerics : str
         "official" or "weights".
+    exact : bool
+        False where prompts are computed on a GPU's tensor cores: not with the CPU's bits.
     plan : Plan
         Bytes by part.
     generation_config : dict
@@ -79,6 +81,7 @@ class Model:
         self.kind = checkpoint.kind
         self.numerics = "weights" if options["numerics"] else "official"
         self.device: Literal["cpu", "cuda"] = "cuda" if options["use_cuda"] else "cpu"
+        self.exact = not (options["use_cuda"] and options["tensor_cores"])
         self._why_cpu: str | None = options["why_cpu"]
         self.plan = needs
         self.generation_config = dict(defaults)
@@ -560,7 +563,8 @@ class Model:
             *((f"  {part}", size(n)) for part, n in parts if n),
             *self._kept(),
             ("runs on", f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, "
-                        f"{self.numerics} numerics"),
+                        f"{self.numerics} numerics"
+                        + ("" if self.exact else ", prompts on tensor cores")),
             *([("not on a GPU", self._why_cpu)] if self._why_cpu else []),
         ]
 

@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import dsv4
-from dsv4 import _core
+from dsv4 import _core, devices
 from dsv4.errors import FormatError, combined
 from dsv4.files import OPEN_FLAGS, check_regular, parse_json, read_exactly
 from dsv4.loading import engine_config, engine_tensor
@@ -139,9 +139,13 @@ def fingerprint(model: "dsv4.Model") -> dict[str, Any]:
     words = None
     if model.tokenizer is not None:
         words = hashlib.sha256(repr(model.tokenizer._token_of).encode()).hexdigest()
+    numerics = model.numerics
+    if not model.exact:  # inside an instruction the order of a sum is the architecture's
+        where = devices.find().devices[0].architecture
+        numerics = f"{numerics}, prompts on tensor cores of architecture {where}"
     return dict(
         config=json.loads(json.dumps(engine_config(model.config))), tensors=tensors.hexdigest(),
-        weights=weights.hexdigest(), tokenizer=words, numerics=model.numerics, **model._april,
+        weights=weights.hexdigest(), tokenizer=words, numerics=numerics, **model._april,
         state_layout=_core.STATE_LAYOUT, numerics_version=_core.NUMERICS_VERSION,
     )
 

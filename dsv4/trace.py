@@ -614,7 +614,7 @@ class Trace:
             for first, end in pairwise(cuts):
                 taps = self.begin(fork.position, end - first)
                 ((rows, _),) = core.step(
-                    [(fork, ids[first:end], WANT["all"], None, taps)], None)
+                    [(fork, ids[first:end], WANT["all"], None, taps, 1)], None)
                 self.take(ids[first:end], rows)
         except BaseException:
             self._back_to(*before)

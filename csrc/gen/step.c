@@ -101,15 +101,20 @@ static int plan_alone(dsv4_run *r) {
     return n > 0;
 }
 
-/* Fills the next pass with up to chunk tokens; 0 when nothing is left. */
+/* Fills the next pass with up to chunk tokens; 0 when nothing is left.  Tokens of prompts, if they are computed with other
+ * sums, and generated ones are never in one pass: so neither depends on what else a step does, nor on how a prompt is cut. */
 static int plan_pass(dsv4_run *r) {
     struct dsv4_pass *p = &r->pass;
     int32_t chunk = r->model->options.chunk_tok;
-    p->n_piece = p->n_tok = p->n_wanted = p->edited = 0;
+    p->n_piece = p->n_tok = p->n_wanted = p->edited = p->prompt = 0;
     if (!r->segments)
         return plan_alone(r);
     while (r->segment < r->n_segment && p->n_tok < chunk) {
         const struct dsv4_segment *s = &r->segments[r->segment];
+        int prompt = s->prompt && r->model->options.tensor_cores;
+        if (p->n_tok && prompt != p->prompt)
+            break;
+        p->prompt = prompt;
         int32_t left = s->n - r->offset, n = left < chunk - p->n_tok ? left : chunk - p->n_tok;
         want_rows(r, s, r->offset, n, p->n_tok);
         add_piece(r, s->session->kv, s->session->edit, s->ids + r->offset, n, s->session->kv->position + r->offset,

@@ -95,6 +95,21 @@ static void experts(struct placing *p, struct dsv4_device_layer *out, const stru
     free(tables); /* upload has read it */
 }
 
+/* What tensor cores need to know of a layer's experts, the shared one among them; 0: they cannot take them all. */
+static int32_t mma_kinds(const struct dsv4_layer *l, int32_t n_exp) {
+    int32_t kinds = 0;
+    for (int32_t e = 0; e <= n_exp; e++) {
+        const struct dsv4_expert *x = e < n_exp ? &l->experts[e] : &l->shared;
+        const struct dsv4_weight *w[] = {&x->w1, &x->w3, &x->w2};
+        for (int i = 0; i < 3; i++) {
+            if (w[i]->format == DSV4_W_F32 || w[i]->cols % DSV4_CUDA_MMA_COLS)
+                return 0;
+            kinds |= DSV4_CUDA_MMA_KIND(w[i]->format, w[i]->scale_rule);
+        }
+    }
+    return kinds;
+}
+
 static void layer(struct placing *p, struct dsv4_device_layer *out, const struct dsv4_layer *from) {
     const dsv4_model *m = p->d->model;
     const struct dsv4_config *c = &m->config;
@@ -130,6 +145,7 @@ static void layer(struct placing *p, struct dsv4_device_layer *out, const struct
     experts(p, out, from);
     out->quant_down = dsv4_rounds_input(m, &from->experts[0].w2);
     out->quant_shared = dsv4_rounds_input(m, &from->shared.w2);
+    out->mma_kinds = mma_kinds(from, c->n_routed_experts);
 }
 
 static void all_weights(struct placing *p) {
@@ -271,6 +287,8 @@ dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *
     const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
     size_t n_layer = (size_t)m->config.num_hidden_layers;
     uint64_t free_bytes = 0;
+    d->prompts = d->plugin->launches;
+    d->prompts.linear = d->plugin->launches.linear_mma;
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
     if (d->end_layer == m->config.num_hidden_layers) {
         DSV4_TRY(dsv4_arena_take(m->arena, &d->draws, dsv4_device_draw_bytes(m), 1, err));

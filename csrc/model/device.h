@@ -21,6 +21,7 @@ struct dsv4_device_layer {
     struct dsv4_layer l;             /* l.experts stays NULL */
     const struct dsv4_weight *w1, *w3, *w2;
     int32_t quant_down, quant_shared; /* whether w2's input is rounded to FP8, of routed experts and the shared one */
+    int32_t mma_kinds;               /* of all experts, for tensor cores (launches.h); 0: some they cannot take */
 };
 
 /* Buffers of a pass on the device, N = chunk tokens, P = N (top_k + 1) rows; as in struct dsv4_workspace. */
@@ -72,6 +73,7 @@ struct dsv4_device_shape {
     int32_t n_tok, n_piece;
     int32_t context;      /* at least the tokens of the longest session, those of the pass among them */
     int32_t scored_ratio; /* layers that compress more select all they see; 0: all do */
+    int32_t prompt;       /* on tensor cores */
 };
 
 /* A segment of a pass of that shape: half layers [first, end) (device_run.h). */
@@ -93,6 +95,7 @@ struct dsv4_pipeline;
 struct dsv4_device {
     const struct dsv4_cuda_plugin *plugin; /* borrowed, like the next two */
     const dsv4_model *model;
+    struct dsv4_cuda_launches prompts; /* the plugin's; what tensor cores do, done by them */
     struct dsv4_pipeline *pipeline;   /* this is one of its stages */
     int32_t number;                   /* CUDA's, of the device */
     int32_t first_layer, end_layer;

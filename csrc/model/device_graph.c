@@ -28,7 +28,7 @@ static int32_t longest(const struct dsv4_pass *p) {
 static struct dsv4_device_shape shape_of(const run *r) {
     const dsv4_model *m = r->d->model;
     int32_t end = longest(r->p), most = m->config.max_position_embeddings;
-    struct dsv4_device_shape s = {.n_tok = r->n, .n_piece = r->p->n_piece, .context = end};
+    struct dsv4_device_shape s = {.n_tok = r->n, .n_piece = r->p->n_piece, .context = end, .prompt = r->p->prompt};
     if (r->n <= DSV4_GRAPH_TOKENS) {
         s.context = LEAST_CONTEXT;
         while (s.context < end)
@@ -44,7 +44,7 @@ static struct dsv4_device_shape shape_of(const run *r) {
 
 static int same_shape(const struct dsv4_device_shape *a, const struct dsv4_device_shape *b) {
     return a->n_tok == b->n_tok && a->n_piece == b->n_piece && a->context == b->context &&
-           a->scored_ratio == b->scored_ratio;
+           a->scored_ratio == b->scored_ratio && a->prompt == b->prompt;
 }
 
 /* -------------------------------------------------------------------------------------------------------------- graphs */

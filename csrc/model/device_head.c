@@ -122,7 +122,8 @@ static void hand_out(const run *r, const struct draws *all, const struct dsv4_wa
 dsv4_status dsv4_device_head(struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n, uint32_t *drawn,
                              dsv4_error *err) {
     const struct dsv4_pipeline *stages = p->m->pipeline;
-    run r = {.d = &stages->stages[stages->n - 1], .p = p, .n = n, .err = err}; /* still the current device */
+    struct dsv4_device *last = &stages->stages[stages->n - 1]; /* still the current device */
+    run r = {.d = last, .launches = &last->plugin->launches, .p = p, .n = n, .err = err};
     struct draws all = {.draws = (struct dsv4_cuda_draw *)(void *)r.d->draws};
     int32_t tok[ROWS], bad = INT_MAX, none = INT_MAX;
     *drawn = 0;

@@ -63,7 +63,7 @@ static dsv4_status project_input(const run *r, const struct dsv4_layer *l, int s
     }
     if (scored)
         a.jobs[a.n_job++] = dsv4_linear_job(&l->weights_proj, b->u_plain, b->index_w, d, c->index_n_heads, 0);
-    return dsv4_device_status(r->d, r->d->plugin->launches.linear(&a, r->d->stream), "linear", r->err);
+    return dsv4_device_status(r->d, r->launches->linear(&a, r->d->stream), "linear", r->err);
 }
 
 /* Windows that end in a pass of this shape, of one compressor, at most. */
@@ -108,7 +108,7 @@ static dsv4_status make_queries(const run *r, const struct dsv4_layer *l, int sc
     a.jobs[a.n_job++] = dsv4_linear_job(&l->wq_b, b->qr_quant, b->q, c->q_lora_rank, (ptrdiff_t)heads * c->head_dim, 0);
     if (scored)
         a.jobs[a.n_job++] = dsv4_linear_job(&l->index_wq_b, b->qr_quant, b->index_q, c->q_lora_rank, (ptrdiff_t)iq * id, 0);
-    DSV4_TRY(dsv4_device_status(r->d, r->d->plugin->launches.linear(&a, r->d->stream), "linear", r->err));
+    DSV4_TRY(dsv4_device_status(r->d, r->launches->linear(&a, r->d->stream), "linear", r->err));
     LAUNCH(r, headnorm, .x = b->q, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = c->head_dim, .per_tok = heads,
            .n_pair = pairs, .eps = c->rms_norm_eps);
     if (scored)
@@ -246,12 +246,15 @@ static dsv4_status attention(run *r, const struct dsv4_layer *l, int32_t layer) 
 
 /* ----------------------------------------------------------------------------------------------------------------- MoE */
 
-static int32_t tile_rows(const run *r) {
+static int32_t tile_rows(const run *r, const struct dsv4_device_layer *dl) {
+    if (r->p->prompt && dl->mma_kinds)
+        return DSV4_CUDA_MMA_TILE;
     return r->n <= DSV4_CUDA_FEW_TILE ? DSV4_CUDA_FEW_TILE : DSV4_CUDA_MANY_TILE;
 }
 
 /* The experts of every token, and their rows. */
-static dsv4_status route(const run *r, const struct dsv4_layer *l) {
+static dsv4_status route(const run *r, const struct dsv4_device_layer *dl) {
+    const struct dsv4_layer *l = &dl->l;
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t n_exp = c->n_routed_experts, top_k = c->num_experts_per_tok;
@@ -262,7 +265,7 @@ static dsv4_status route(const run *r, const struct dsv4_layer *l) {
            .n_exp = n_exp, .top_k = top_k, .table_bytes = l->tid2eid_bytes, .route_scale = c->routed_scaling_factor);
     LAUNCH(r, group, .group_first = b->group_first, .row_tok = b->row_tok, .row_weight = b->row_weight,
            .tok_rows = b->tok_rows, .tiles = b->tiles, .n_tile = b->n_tile, .ids = b->expert_ids,
-           .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile_rows(r));
+           .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile_rows(r, dl));
     return DSV4_OK;
 }
 
@@ -271,7 +274,7 @@ static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl) {
     const struct dsv4_device_buffers *b = &r->d->b;
     const dsv4_model *m = r->d->model;
     int32_t top_k = c->num_experts_per_tok, width = c->moe_intermediate_size, d = c->hidden_size;
-    int32_t rows = r->n * (top_k + 1), routed = r->n * top_k, tile = tile_rows(r);
+    int32_t rows = r->n * (top_k + 1), routed = r->n * top_k, tile = tile_rows(r, dl);
     int32_t most = DSV4_CUDA_TILES(r->n, c->n_routed_experts, top_k, tile);
     const dsv4_bf16 *quant = m->options.numerics == DSV4_OFFICIAL ? b->u_quant : b->u_plain;
     struct dsv4_cuda_swiglu_args swiglu = {
@@ -285,10 +288,10 @@ static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl) {
     struct dsv4_cuda_spread_args spread = spread_of(r);
     LAUNCH(r, experts, .w = {dl->w1, dl->w3}, .out = {b->gate_out, b->up_out}, .x_quant = quant, .x_plain = b->u_plain,
            .row_tok = b->row_tok, .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = width,
-           .cols = d, .n_tok = r->n, .tickets = b->tickets, .swiglu = &swiglu);
+           .cols = d, .n_tok = r->n, .kinds = dl->mma_kinds, .tickets = b->tickets, .swiglu = &swiglu);
     LAUNCH(r, experts, .w = {dl->w2, NULL}, .out = {b->expert_out, NULL}, .x_quant = b->up_out, .x_plain = b->up_out,
            .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = d, .cols = width,
-           .n_tok = r->n, .tickets = b->tickets, .sum = &sum, .spread = &spread);
+           .n_tok = r->n, .kinds = dl->mma_kinds, .tickets = b->tickets, .sum = &sum, .spread = &spread);
     return DSV4_OK;
 }
 
@@ -309,5 +312,5 @@ dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
     DSV4_TRY(dsv4_device_at_attention(r, layer));
     DSV4_TRY(dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS_MID));
     DSV4_TRY(collapse(r, &dl->l.hc_ffn, dl->l.ffn_norm, dsv4_device_pre(r, layer, DSV4_SITE_FFN_MIX)));
-    return route(r, &dl->l);
+    return route(r, dl);
 }

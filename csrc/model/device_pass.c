@@ -53,7 +53,7 @@ dsv4_status dsv4_device_layers(dsv4_worker *w, struct dsv4_pass *p, dsv4_error *
     }
     for (int32_t i = 0; status == DSV4_OK && i < all->n; i++)
         status = stage(&(run){.d = &all->stages[i], .p = p, .w = w, .n = p->n_tok, .eager = p->asked != NULL,
-                        .err = err});
+                        .launches = p->prompt ? &all->stages[i].prompts : &all->stages[i].plugin->launches, .err = err});
     for (int32_t i = 0; status != DSV4_OK && i < p->n_piece; i++)
         dsv4_mirror_forget(p->pieces[i].kv->mirror);
     return status;

@@ -17,6 +17,7 @@
 /* What every phase needs. */
 struct dsv4_device_run {
     struct dsv4_device *d;
+    const struct dsv4_cuda_launches *launches; /* with the CPU's sums, or of prompts: nothing else decides on it */
     const struct dsv4_pass *p;
     dsv4_worker *w;
     struct dsv4_cuda_pass pass; /* pointers of the device; states of the layer at work */
@@ -32,8 +33,8 @@ struct dsv4_device_run {
 
 /* Launches `op` with the named arguments, or returns its failure. */
 #define LAUNCH(r, op, ...)                                                                                             \
-    DSV4_TRY(dsv4_device_status((r)->d, (r)->d->plugin->launches.op(&(struct dsv4_cuda_##op##_args){__VA_ARGS__},        \
-                                                                  (r)->d->stream), #op, (r)->err))
+    DSV4_TRY(dsv4_device_status((r)->d, (r)->launches->op(&(struct dsv4_cuda_##op##_args){__VA_ARGS__}, (r)->d->stream), \
+                                #op, (r)->err))
 
 /* A layer over tokens and weights without groups: row t of x at t * ld_x. */
 static inline struct dsv4_cuda_linear_job dsv4_linear_job(const struct dsv4_weight *w, const dsv4_bf16 *x, void *out,

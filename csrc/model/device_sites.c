@@ -193,7 +193,7 @@ static dsv4_status launch(const run *r, const struct source *s, int32_t skip, in
     a.n_row = n;
     a.width = width;
     a.ld_out = width;
-    return dsv4_device_status(r->d, r->d->plugin->launches.tap(&a, r->d->stream), "tap", r->err);
+    return dsv4_device_status(r->d, r->launches->tap(&a, r->d->stream), "tap", r->err);
 }
 
 /* The stage's next rows belong to the taps of the tokens from `tok` on, of this piece and those behind it. */

@@ -191,6 +191,7 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
     }
     DSV4_TRY(dsv4_kv_layout(m, err));
     DSV4_TRY(dsv4_workspace_create(&m->workspace, m, err));
+    m->options.tensor_cores &= m->options.use_cuda;
     if (!m->options.use_cuda)
         return DSV4_OK;
     struct dsv4_cuda_paths paths = {m->options.cuda_plugin, m->options.cuda_driver};

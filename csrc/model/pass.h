@@ -117,6 +117,7 @@ struct dsv4_pass {
     atomic_int *bad_layer;           /* lowest layer with a non-finite stream; the layer count for the head; INT_MAX */
     struct dsv4_damage *damage;
     dsv4_error *fault;               /* of the model's device (model/device.h): the step fails */
+    int prompt;                      /* all tokens are of segments that say so, or none is; with tensor_cores */
     int on_device;                   /* the model's device computes this pass; else the CPU: the same bits */
     uint32_t drawn;                  /* bit i: the device has chosen the token of row i of the block at work */
     int diagnose;                    /* look at the streams after every layer */

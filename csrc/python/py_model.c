@@ -82,7 +82,8 @@ static const struct field option_fields[] = {
     FIELD(numerics, FIELD_I32),     FIELD(april_kv, FIELD_I32),  FIELD(april_shared, FIELD_I32),
     FIELD(n_thread, FIELD_I32),     FIELD(chunk_tok, FIELD_I32), FIELD(use_mmap, FIELD_I32),
     FIELD(expert_bytes, FIELD_U64), FIELD(copy_to_nodes, FIELD_I32),
-    FIELD(use_cuda, FIELD_I32),     FIELD(gpu_bytes, FIELD_U64),
+    FIELD(use_cuda, FIELD_I32),     FIELD(tensor_cores, FIELD_I32),
+    FIELD(gpu_bytes, FIELD_U64),
 #undef FIELD
 };
 

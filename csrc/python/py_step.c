@@ -88,19 +88,21 @@ static int parse_segment(struct step_args *a, Py_ssize_t i, PyObject *item,
     struct dsv4_segment *segment = &a->segments[i];
     SessionObject *session;
     PyObject *ids, *sampler, *trace = Py_None;
+    int prompt = -1;
     char name[40];
     if (!PyTuple_Check(item)) {
         PyErr_Format(PyExc_TypeError, "segments[%zd]: got %s, wanted a tuple", i,
                      Py_TYPE(item)->tp_name);
         return -1;
     }
-    if (!PyArg_ParseTuple(item, "O!OiO|O", state->session_type, &session, &ids, &segment->want,
-                          &sampler, &trace))
+    if (!PyArg_ParseTuple(item, "O!OiO|Oi", state->session_type, &session, &ids, &segment->want,
+                          &sampler, &trace, &prompt))
         return -1;
     PyOS_snprintf(name, sizeof name, "segments[%zd]: ids", i);
     if (convert_ids(ids, name, vocab, &holder->ids, &segment->n) < 0)
         return -1;
     segment->ids = holder->ids;
+    segment->prompt = prompt < 0 ? segment->n > 1 : prompt;
     if (session->handle != a->handle) {
         PyErr_Format(PyExc_ValueError, "segments[%zd]: the session belongs to another model", i);
         return -1;

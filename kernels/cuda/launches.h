@@ -30,6 +30,7 @@ enum { DSV4_CUDA_JOBS = 8, DSV4_CUDA_FEW_TILE = 8, DSV4_CUDA_MANY_TILE = 32, DSV
  * Layers with f32 weights, or whose rows are not multiples of 32 columns and 16 bytes, are computed as without.
  */
 
+enum { DSV4_CUDA_MMA_COLS = 32 }; /* rows have a multiple of */
 #define DSV4_CUDA_MMA_KIND(format, rule) (1 << (4 * (format) + (rule)))
 
 /* out[t][r] = dot(x[t], w[r]) for all rows of w; see dsv4_linear_args. */
@@ -58,6 +59,9 @@ struct dsv4_cuda_linear_args {
     const struct dsv4_cuda_act_args *act;
     const struct dsv4_cuda_spread_args *spread;
 };
+
+/* `linear` with tensor_cores. */
+#define dsv4_cuda_linear_mma_args dsv4_cuda_linear_args
 
 /* Rows [first, first + n) of the order by expert, all of one expert. */
 struct dsv4_cuda_tile {
@@ -474,6 +478,7 @@ struct dsv4_cuda_tap_args {
 
 #define DSV4_CUDA_LAUNCHES(X)                                                                                          \
     X(linear)                                                                                                          \
+    X(linear_mma)                                                                                                      \
     X(experts)                                                                                                         \
     X(act)                                                                                                             \
     X(kv)                                                                                                              \

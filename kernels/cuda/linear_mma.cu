@@ -408,6 +408,12 @@ int launch_linear_mma(const struct dsv4_cuda_linear_args *a, void *stream) {
     return code || !rest.n_job ? code : dsv4_cuda_linear(&rest, stream);
 }
 
+int dsv4_cuda_linear_mma(const struct dsv4_cuda_linear_args *a, void *stream) {
+    struct dsv4_cuda_linear_args args = *a;
+    args.tensor_cores = 1;
+    return dsv4_cuda_linear(&args, stream);
+}
+
 int launch_experts_mma(const struct dsv4_cuda_experts_args *a, void *stream) {
     int code = 0;
     if (!a->rows || !a->max_tile)

@@ -10,7 +10,7 @@
 
 void check_linear_mma(void);
 
-extern int dsv4_host_mma_cuts;
+extern int dsv4_host_mma_bits;
 
 static const float bf16_unit = 0x1p-8f; /* half a unit of the last place, relative */
 
@@ -210,13 +210,13 @@ static void experts(int32_t n_exp, int32_t n_row) {
 void check_linear_mma(void) {
     static const int32_t counts[] = {1, 3, 16, 17, 60, 128, 129, 200};
     for (int i = 0; i < 32; i++) {
-        dsv4_host_mma_cuts = i % 2;
+        dsv4_host_mma_bits = i % 2 * 24;
         one_launch(counts[check_below(sizeof counts / sizeof counts[0])], (enum check_kind)(i / 2 % CHECK_KINDS), i % 16 == 9,
                    i % 8 != 6);
     }
     for (int i = 0; i < 8; i++) {
-        dsv4_host_mma_cuts = i % 2;
+        dsv4_host_mma_bits = i % 2 * 24;
         experts(between(1, 5), between(1, 260));
     }
-    dsv4_host_mma_cuts = 0;
+    dsv4_host_mma_bits = 0;
 }

@@ -105,9 +105,9 @@ float pair_half(uint32_t pair, int half) {
     return x;
 }
 
-// `x` without the bits below that of weight `unit`, a power of two.
-double cut(double x, double unit) {
-    return trunc(x / unit) * unit;
+// `x` without the bits below 2^exponent.
+double cut(double x, int exponent) {
+    return scalbn(trunc(scalbn(x, -exponent)), exponent);
 }
 
 float cut_sum(float c, const float *a, const float *b) {
@@ -118,10 +118,10 @@ float cut_sum(float c, const float *a, const float *b) {
     }
     if (largest == 0)
         return c;
-    double unit = ldexp(1.0, ilogb(largest) - 23);
+    double unit = scalbn(1.0, ilogb(largest) + 1 - dsv4_host_mma_bits), per = 1 / unit;
     for (double term : terms)
-        sum += cut(term, unit);
-    return sum == 0 ? 0.0f : (float)cut(sum, ldexp(1.0, ilogb(sum) - 23));
+        sum += trunc(term * per);
+    return sum == 0 ? 0.0f : (float)(cut(sum, ilogb(sum) + 1 - dsv4_host_mma_bits) * unit);
 }
 
 // Lane (g, q) = 4 g + q: a 0..3 are rows g, g + 8, g, g + 8, columns 2q, 2q, 2q + 8, 2q + 8 and the next; b 0..1 rows 2q,
@@ -147,7 +147,7 @@ bool multiply(unsigned first) {
             float sum = *d;
             for (int k = 0; k < 16; k++)
                 sum += x[k] * y[k];
-            *d = dsv4_host_mma_cuts && isfinite(sum) ? cut_sum(*d, x, y) : sum;
+            *d = dsv4_host_mma_bits && isfinite(sum) ? cut_sum(*d, x, y) : sum;
         }
     return true;
 }
@@ -181,7 +181,7 @@ void run_block(unsigned turn) {
 
 } // namespace
 
-int dsv4_host_mma_cuts;
+int dsv4_host_mma_bits;
 
 void dsv4_host_mma(float *d, const uint32_t *a, const uint32_t *b) {
     fiber &f = fibers[current];

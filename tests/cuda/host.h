@@ -3,7 +3,7 @@
 // CUDA as far as the kernels use it, on the CPU: blocks one after the other, the threads of a block as fibers that change
 // at barriers and shuffles.  The order of blocks and threads changes from launch to launch, shared memory starts as NaN, and
 // asynchronous copies happen as early or as late as they may, so that a missing barrier or wait shows as other bits.
-// An mma happens when its whole warp is there; its sums in one of two orders (dsv4_host_mma_cuts).
+// An mma happens when its whole warp is there; its sums in one of two orders (dsv4_host_mma_bits).
 // A barrier that some threads of a block (or warp) do not reach, and a ticket (device.cuh) that is not zero when a launch
 // ends, end the program.
 #pragma once
@@ -30,9 +30,9 @@ void dsv4_host_copy16(void *shared, const void *global);
 void dsv4_host_copy_commit();
 void dsv4_host_copy_wait(int left);
 void dsv4_host_mma(float *d, const uint32_t *a, const uint32_t *b);
-// 0: an mma adds its products one after the other, each sum rounded.  1: it aligns them and the sum so far to the largest
-// and cuts each and the result to 24 bits, as badly as launches.h allows.
-extern "C" int dsv4_host_mma_cuts;
+// 0: an mma adds its products one after the other, each sum rounded.  Else: it aligns them and the sum so far to the largest
+// and cuts each and the result to so many bits.  24 is as bad as launches.h allows; with fewer one sees what an mma made.
+extern "C" int dsv4_host_mma_bits;
 
 // A launch with its arguments as a kernel gets them.
 struct dsv4_host_node {

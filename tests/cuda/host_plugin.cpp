@@ -372,6 +372,11 @@ EXPORTED uint64_t host_downloaded(void) {
     return downloaded;
 }
 
+// The order inside an mma: host.h.
+EXPORTED void host_mma_bits(int bits) {
+    dsv4_host_mma_bits = bits;
+}
+
 EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
     static const struct dsv4_cuda_plugin plugin = {
         DSV4_CUDA_ABI,
