@@ -69,9 +69,11 @@ struct dsv4_options {
     int32_t use_mmap;               /* 0: read into owned memory */
     uint64_t expert_bytes;          /* with use_mmap: memory for routed experts, read from disk when chosen; 0: no limit */
     int32_t copy_to_nodes;          /* with use_mmap and several memory nodes: copy weights to where they are used */
-    int32_t use_cuda;               /* 1: the first CUDA device computes; all weights are copied there */
+    int32_t use_cuda;               /* 1: the first CUDA device computes; weights are copied there */
     int32_t tensor_cores;           /* with use_cuda: prompts are computed on tensor cores, not with the CPU's sums */
-    uint64_t gpu_bytes;             /* with use_cuda: most bytes for weights and a pass; 0: what is free */
+    uint64_t gpu_bytes;             /* with use_cuda: most bytes for weights, a pass and a session; 0: what is free */
+    const int32_t *hot;             /* [n_hot] layer * experts + expert: those to have on the device first; or NULL */
+    int32_t n_hot;
     const char *cuda_plugin, *cuda_driver; /* with use_cuda: as for dsv4_devices */
     const char *root;               /* where /sys and /proc are found, for tests; NULL: this machine's */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
@@ -101,6 +103,20 @@ struct dsv4_expert_counts {
     uint64_t slot_bytes, kept, read, mapped, bytes; /* bytes: read in all */
 };
 void dsv4_model_experts(const dsv4_model *model, struct dsv4_expert_counts *out);
+
+/* Where the weights of a model on devices are; all 0 on the CPU. */
+struct dsv4_placement {
+    int32_t experts, experts_on_device; /* routed, of all layers */
+    uint64_t weight_bytes, pass_bytes;  /* of devices: weights; a pass at its longest, and experts on their way */
+    uint64_t shared_bytes;              /* of the host, locked, that devices see */
+};
+void dsv4_model_placement(const dsv4_model *model, struct dsv4_placement *out);
+
+/*
+ * How often each routed expert was chosen by tokens on devices since the load, [layers][experts]; zeros where all are on
+ * one.  Waits for steps that are under way.
+ */
+dsv4_status dsv4_model_uses(dsv4_model *model, uint64_t *out, dsv4_error *err);
 
 /* op and variant name of entry i of the kernel table, i in [0, dsv4_kernel_count()). */
 int32_t dsv4_kernel_count(void);

@@ -41,14 +41,6 @@ struct dsv4_team {
  */
 enum { LEAST_SPINS = 64, SPINS = 4096, YIELDS = 64 };
 
-static void cpu_relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 static void phase_sleep(dsv4_team *t, int seen) {
     atomic_fetch_add(&t->sleepers, 1);
     while (atomic_load(&t->phase) == seen)
@@ -70,7 +62,7 @@ int dsv4_barrier(dsv4_worker *w) {
     int spins = w->spins, i = 0;
     for (; atomic_load_explicit(&t->phase, memory_order_acquire) == seen; i++) {
         if (i < spins)
-            cpu_relax();
+            dsv4_relax();
         else if (i < spins + YIELDS)
             sched_yield();
         else

@@ -53,6 +53,15 @@ void dsv4_team_finish(dsv4_team *team); /* waits, then lets the next caller in *
 int dsv4_cancelled(const dsv4_worker *w); /* cheap; may differ between workers until the next barrier */
 int dsv4_barrier(dsv4_worker *w);         /* 1: cancelled, for all workers alike */
 
+/* Between two looks at what another thread or a device writes. */
+static inline void dsv4_relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* The part [*lo, *hi) of n items for this worker, cut at multiples of grain, as even as that allows. */
 static inline void dsv4_share(const dsv4_worker *w, int64_t n, int64_t grain, int64_t *lo, int64_t *hi) {
     int64_t units = (n + grain - 1) / grain, base = units / w->n, extra = units % w->n;

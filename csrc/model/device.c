@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Weights and buffers of a stage on its device: laid out in one block each, counted before anything is allocated. */
-#include "model/device.h"
+#include "model/device_experts.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -8,7 +8,7 @@
 #include "core/arena.h"
 #include "model/device_sites.h"
 
-enum { ALIGN = 256 };
+enum { ALIGN = 256, USUAL_CONTEXT = 4096 };
 
 static dsv4_status remember(struct dsv4_device *d, dsv4_status status, const dsv4_error *err) {
     if (status == DSV4_E_DEVICE && d->pipeline->dead.code == DSV4_OK)
@@ -73,8 +73,8 @@ static void compressor(struct placing *p, struct dsv4_compressor *c) {
     vector(p, &c->norm, c->dim);
 }
 
-/* The weights of all experts, and on the device a table of each projection. */
-static void experts(struct placing *p, struct dsv4_device_layer *out, const struct dsv4_layer *l) {
+/* The weights of all experts that are to be there, and on the device a table of each projection. */
+static void experts(struct placing *p, struct dsv4_device_layer *out, const struct dsv4_layer *l, int32_t layer) {
     size_t n = (size_t)p->d->model->config.n_routed_experts + 1, bytes = n * sizeof(struct dsv4_weight);
     struct dsv4_weight *tables = malloc(3 * bytes);
     if (!tables) {
@@ -87,8 +87,12 @@ static void experts(struct placing *p, struct dsv4_device_layer *out, const stru
         tables[n + e] = x->w3;
         tables[2 * n + e] = x->w2;
     }
-    for (size_t i = 0; i < 3 * n; i++)
-        weight(p, &tables[i]);
+    for (size_t i = 0; i < 3 * n; i++) {
+        if (i % n + 1 < n && dsv4_beside_has(p->d, layer, (int32_t)(i % n)))
+            tables[i].data = tables[i].scale = NULL;
+        else
+            weight(p, &tables[i]);
+    }
     out->w1 = copy(p, tables, bytes);
     out->w3 = copy(p, tables + n, bytes);
     out->w2 = copy(p, tables + 2 * n, bytes);
@@ -110,8 +114,10 @@ static int32_t mma_kinds(const struct dsv4_layer *l, int32_t n_exp) {
     return kinds;
 }
 
-static void layer(struct placing *p, struct dsv4_device_layer *out, const struct dsv4_layer *from) {
+static void layer(struct placing *p, int32_t index) {
     const dsv4_model *m = p->d->model;
+    struct dsv4_device_layer *out = &p->d->layers[index];
+    const struct dsv4_layer *from = &m->layers[index];
     const struct dsv4_config *c = &m->config;
     struct dsv4_layer *l = &out->l;
     int32_t mixes = (2 + c->hc_mult) * c->hc_mult;
@@ -142,7 +148,7 @@ static void layer(struct placing *p, struct dsv4_device_layer *out, const struct
     if (l->tid2eid)
         l->tid2eid = copy(p, l->tid2eid, (uint64_t)c->vocab_size * (uint64_t)c->num_experts_per_tok *
                                              (uint64_t)l->tid2eid_bytes);
-    experts(p, out, from);
+    experts(p, out, from, index);
     out->quant_down = dsv4_rounds_input(m, &from->experts[0].w2);
     out->quant_shared = dsv4_rounds_input(m, &from->shared.w2);
     out->mma_kinds = mma_kinds(from, c->n_routed_experts);
@@ -169,7 +175,7 @@ static void all_weights(struct placing *p) {
         vector(p, &d->norm, c->hidden_size);
     }
     for (int32_t i = d->first_layer; i < d->end_layer && p->status == DSV4_OK; i++)
-        layer(p, &d->layers[i], &m->layers[i]);
+        layer(p, i);
 }
 
 /* ------------------------------------------------------------------------------------------------------------- buffers */
@@ -282,11 +288,46 @@ static dsv4_status clear_tickets(struct dsv4_device *d, dsv4_error *err) {
     return dsv4_device_status(d, code, "memory for a pass", err);
 }
 
+/*
+ * What is left to sessions: one of usual length, or where only the free memory bounds what is used, a sixteenth of it or
+ * 4 GiB.
+ */
+static uint64_t kept_for_sessions(const struct dsv4_device *d, uint64_t free_bytes, uint64_t most) {
+    uint64_t session = dsv4_mirror_bytes(d, USUAL_CONTEXT), kept = most ? 0 : free_bytes / 16;
+    kept = kept < (uint64_t)4 << 30 ? kept : (uint64_t)4 << 30;
+    return kept > session ? kept : session;
+}
+
+/* Decides where routed experts lie; nothing has been allocated on the device yet. */
+static dsv4_status fit(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
+    const dsv4_model *m = d->model;
+    uint64_t free_bytes = 0, least = 0, routed = 0;
+    DSV4_TRY(dsv4_cuda_status(d->plugin, d->plugin->runtime.free_bytes(&free_bytes), "free memory of the device", err));
+    d->weight_bytes = count(d, all_weights);
+    d->pass_bytes = count(d, all_buffers) + dsv4_device_scratch_bytes(m);
+    for (int32_t l = d->first_layer; l < d->end_layer; l++)
+        for (int32_t e = 0; e < m->config.n_routed_experts; e++)
+            routed += dsv4_beside_expert_bytes(d, l, e);
+    uint64_t kept = kept_for_sessions(d, free_bytes, most), always = d->weight_bytes - routed;
+    uint64_t room = most && most < free_bytes ? most : free_bytes, needed = always + d->pass_bytes + kept;
+    dsv4_status status = DSV4_E_MEMORY;
+    if (needed <= room)
+        status = dsv4_beside_choose(d, room - needed, &least, err);
+    if (status == DSV4_E_MEMORY)
+        return dsv4_fail(err, DSV4_E_MEMORY, "GPU memory: needed at least %.3f GiB (%.3f for weights that each token reads, "
+                         "%.3f for a pass, %.3f for sessions; routed experts may lie in host memory), %s %.3f GiB; use "
+                         "device='cpu', or a GPU with more memory", (double)(needed + least) / (1 << 30),
+                         (double)always / (1 << 30), (double)(d->pass_bytes + least) / (1 << 30),
+                         (double)kept / (1 << 30), most && most < free_bytes ? "allowed" : "free",
+                         (double)room / (1 << 30));
+    d->weight_bytes = count(d, all_weights);
+    return status;
+}
+
 dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
     const dsv4_model *m = d->model;
     const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
     size_t n_layer = (size_t)m->config.num_hidden_layers;
-    uint64_t free_bytes = 0;
     d->prompts = d->plugin->launches;
     d->prompts.linear = d->plugin->launches.linear_mma;
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
@@ -294,17 +335,12 @@ dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *
         DSV4_TRY(dsv4_arena_take(m->arena, &d->draws, dsv4_device_draw_bytes(m), 1, err));
         DSV4_TRY(dsv4_arena_take(m->arena, &d->drawn, dsv4_device_drawn_words(), sizeof *d->drawn, err));
     }
-    size_t weights = count(d, all_weights), buffers = count(d, all_buffers);
-    DSV4_TRY(dsv4_cuda_status(d->plugin, rt->free_bytes(&free_bytes), "free memory of the device", err));
-    uint64_t room = most && most < free_bytes ? most : free_bytes;
-    if (weights + buffers > room)
-        return dsv4_fail(err, DSV4_E_MEMORY, "GPU memory: needed %.2f GiB for weights and %.2f GiB for a pass, %s %.2f GiB; "
-                         "use device='cpu', or a GPU with more memory", (double)weights / (1 << 30),
-                         (double)buffers / (1 << 30), room < free_bytes ? "allowed" : "free", (double)room / (1 << 30));
+    DSV4_TRY(fit(d, most, err));
     DSV4_TRY(dsv4_device_status(d, rt->stream_create(&d->stream), "a stream", err));
     DSV4_TRY(dsv4_staging_create(d, err));
-    DSV4_TRY(fill(d, &d->workspace, buffers, all_buffers, "memory for a pass", err));
-    DSV4_TRY(fill(d, &d->weights, weights, all_weights, "memory for weights", err));
+    DSV4_TRY(fill(d, &d->workspace, count(d, all_buffers), all_buffers, "memory for a pass", err));
+    DSV4_TRY(dsv4_beside_build(d, err));
+    DSV4_TRY(fill(d, &d->weights, d->weight_bytes, all_weights, "memory for weights", err));
     DSV4_TRY(clear_tickets(d, err));
     return dsv4_device_status(d, rt->synchronize(d->stream), "copying weights", err);
 }
@@ -316,6 +352,7 @@ void dsv4_device_destroy(struct dsv4_device *d) {
         rt->synchronize(d->stream);
     dsv4_graphs_drop(d);
     dsv4_staging_destroy(d);
+    dsv4_beside_destroy(d);
     rt->release(d->weights);
     rt->release(d->workspace);
     rt->release(d->scratch);

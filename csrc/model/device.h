@@ -104,6 +104,8 @@ struct dsv4_device {
     uint8_t *workspace;
     uint8_t *scratch;                 /* what grows with the context: key lists, scores, parts of attention */
     size_t scratch_bytes;
+    size_t weight_bytes, pass_bytes;  /* of weights; of workspace and the most of scratch */
+    struct dsv4_beside *beside;       /* owned: experts that are not there (device_experts.h); NULL: all are */
     struct dsv4_device_layer *layers; /* [layers of the model], those of this stage set; owned by the model's arena */
     struct dsv4_weight embed, head;   /* of the first stage; of the last, like hc_head and norm */
     struct dsv4_hyper hc_head;
@@ -151,6 +153,9 @@ dsv4_status dsv4_device_head(struct dsv4_pass *p, const struct dsv4_wanted *want
 size_t dsv4_device_draw_bytes(const dsv4_model *m);
 size_t dsv4_device_drawn_words(void);
 
+/* device_layer.c: bytes that scratch grows to, whatever a pass is. */
+size_t dsv4_device_scratch_bytes(const dsv4_model *m);
+
 /* device_graph.c: no graph is left: what they point to has moved, or goes. */
 void dsv4_graphs_drop(struct dsv4_device *d);
 
@@ -190,4 +195,6 @@ const uint8_t *dsv4_mirror_rows(const struct dsv4_device *d, const struct dsv4_p
                                 int32_t row, int32_t *n);
 /* What the pass writes for this piece is wanted in the host's state. */
 void dsv4_mirror_want(struct dsv4_device *d, const struct dsv4_piece *piece);
+/* Bytes of the mirror of a session of so many tokens. */
+size_t dsv4_mirror_bytes(const struct dsv4_device *d, int32_t tokens);
 #endif

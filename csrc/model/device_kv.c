@@ -71,6 +71,16 @@ static uint8_t *fixed_at(const struct dsv4_mirror *k, size_t offset) {
     return offset < first ? NULL : k->fixed + (offset - first);
 }
 
+size_t dsv4_mirror_bytes(const struct dsv4_device *d, int32_t tokens) {
+    int32_t most = d->model->config.max_position_embeddings;
+    size_t bytes = fixed_bytes(d);
+    tokens = tokens < most ? tokens : most;
+    for (int32_t i = d->first_layer; i < d->end_layer; i++)
+        bytes += blocks_for(d->model, i, tokens) *
+                 (2 * sizeof(void *) + BLOCK * (row_bytes(d->model, i, 0) + row_bytes(d->model, i, 1)));
+    return bytes;
+}
+
 static dsv4_status allocate(struct dsv4_device *d, void *out_pointer, size_t bytes, dsv4_error *err) {
     void *memory;
     DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes ? bytes : 1), "memory for a session", err));

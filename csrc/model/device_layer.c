@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What a layer launches on the device: the same phases as hyper.c, attention.c, indexer.c and moe.c. */
+#include "model/device_experts.h"
 #include "model/device_sites.h"
 
 /* Key lists, scores and parts of attention take room per token and entry: tokens are taken in turns that fit into this,
@@ -126,6 +127,16 @@ static struct dsv4_cuda_pass from_token(const run *r, int32_t t, int32_t n) {
     return pass;
 }
 
+/* Keys of a token, at most, and what attention takes for it. */
+static int32_t max_keys(const struct dsv4_config *c, const struct dsv4_layer *l, int32_t context) {
+    int32_t most = l->kind == DSV4_SWA ? 0 : l->kind == DSV4_CSA ? c->index_topk : context / l->compressor.ratio;
+    return (c->sliding_window + most + 63) / 64 * 64;
+}
+
+static size_t attention_bytes(const struct dsv4_config *c, int32_t max_key) {
+    return sizeof(void *) * (size_t)max_key + DSV4_CUDA_ATTENTION_SCRATCH(1, c->num_attention_heads, max_key) + 16;
+}
+
 /* Scratch for as many of the pass's tokens as fit, at `per_tok` bytes each; *n of them. */
 static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
     struct dsv4_device *d = r->d;
@@ -137,13 +148,31 @@ static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
     bytes = per_tok * (more < most ? more : (size_t)*n);
     if (per_tok * (size_t)*n <= d->scratch_bytes)
         return DSV4_OK;
-    void *memory;
-    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), "memory for attention", r->err));
+    void *memory; /* the old one goes first: never more than dsv4_device_scratch_bytes */
     dsv4_graphs_drop(d);
     d->plugin->runtime.release(d->scratch);
+    d->scratch = NULL;
+    d->scratch_bytes = 0;
+    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), "memory for attention", r->err));
     d->scratch = memory;
     d->scratch_bytes = bytes;
     return DSV4_OK;
+}
+
+size_t dsv4_device_scratch_bytes(const dsv4_model *m) {
+    const struct dsv4_config *c = &m->config;
+    size_t most = 0, chunk = 1;
+    while (chunk < (size_t)m->options.chunk_tok)
+        chunk *= 2;
+    for (int32_t i = 0; i < c->num_hidden_layers; i++) {
+        int32_t ratio = c->compress_ratios[i], entries = ratio ? c->max_position_embeddings / ratio : 0;
+        size_t scores = m->layers[i].kind == DSV4_CSA ? sizeof(float) * (((size_t)entries + 64) / 64 * 64) : 0;
+        size_t keys = attention_bytes(c, max_keys(c, &m->layers[i], c->max_position_embeddings));
+        size_t each = scores > keys ? scores : keys, all = each * chunk;
+        all = all < SCRATCH_BYTES ? all : each > SCRATCH_BYTES ? each : SCRATCH_BYTES;
+        most = all > most ? all : most;
+    }
+    return most;
 }
 
 /* CSA: the entries each token attends to; without scores all it sees. */
@@ -173,11 +202,10 @@ static dsv4_status attend(run *r, const struct dsv4_layer *l, int32_t layer, con
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t heads = c->num_attention_heads, hd = c->head_dim, pairs = c->qk_rope_head_dim / 2, n;
-    int32_t most = l->kind == DSV4_SWA ? 0 : l->kind == DSV4_CSA ? c->index_topk : r->shape.context / l->compressor.ratio;
-    int32_t max_key = (c->sliding_window + most + 63) / 64 * 64;
+    int32_t max_key = max_keys(c, l, r->shape.context);
     size_t keys_bytes = sizeof(void *) * (size_t)max_key;
     int seen = dsv4_asked(r->p, layer, DSV4_SITE_HEADS);
-    DSV4_TRY(scratch(r, keys_bytes + DSV4_CUDA_ATTENTION_SCRATCH(1, heads, max_key) + 16, &n));
+    DSV4_TRY(scratch(r, attention_bytes(c, max_key), &n));
     for (int32_t t = 0; t < r->n; t += n) {
         n = n < r->n - t ? n : r->n - t;
         const uint8_t **keys = (const uint8_t **)(void *)r->d->scratch;
@@ -253,7 +281,7 @@ static int32_t tile_rows(const run *r, const struct dsv4_device_layer *dl) {
 }
 
 /* The experts of every token, and their rows. */
-static dsv4_status route(const run *r, const struct dsv4_device_layer *dl) {
+static dsv4_status route(const run *r, const struct dsv4_device_layer *dl, int32_t layer) {
     const struct dsv4_layer *l = &dl->l;
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
@@ -264,35 +292,78 @@ static dsv4_status route(const run *r, const struct dsv4_device_layer *dl) {
            .logits = b->router_logits, .bias = l->gate_bias, .table = l->tid2eid, .tokens = b->ids, .n_tok = r->n,
            .n_exp = n_exp, .top_k = top_k, .table_bytes = l->tid2eid_bytes, .route_scale = c->routed_scaling_factor);
     LAUNCH(r, group, .group_first = b->group_first, .row_tok = b->row_tok, .row_weight = b->row_weight,
-           .tok_rows = b->tok_rows, .tiles = b->tiles, .n_tile = b->n_tile, .ids = b->expert_ids,
-           .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile_rows(r, dl));
+           .tok_rows = b->tok_rows, .tiles = b->tiles, .n_tile = b->n_tile, .uses = dsv4_beside_uses(r->d, layer),
+           .ids = b->expert_ids, .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k,
+           .tile_tok = tile_rows(r, dl));
     return DSV4_OK;
 }
 
-static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl) {
+/* Rows [row, row + n_row) and the tiles that they are; all: every row of the pass, none elsewhere. */
+struct stretch {
+    int32_t tile, n_tile, row, n_row, all;
+};
+
+static struct dsv4_cuda_expert_sum_args sum_of(const run *r) {
+    const struct dsv4_config *c = config_of(r);
+    const struct dsv4_device_buffers *b = &r->d->b;
+    return (struct dsv4_cuda_expert_sum_args){.out = b->y, .rows = b->expert_out, .tok_rows = b->tok_rows, .n_tok = r->n,
+                                              .per_tok = c->num_experts_per_tok + 1, .n = c->hidden_size};
+}
+
+/* Up, gate, activation and down of rows that are experts' on the device. */
+static dsv4_status products(const run *r, const struct dsv4_device_layer *dl, const struct dsv4_expert_tables *w,
+                            const struct stretch *s) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     const dsv4_model *m = r->d->model;
-    int32_t top_k = c->num_experts_per_tok, width = c->moe_intermediate_size, d = c->hidden_size;
-    int32_t rows = r->n * (top_k + 1), routed = r->n * top_k, tile = tile_rows(r, dl);
-    int32_t most = DSV4_CUDA_TILES(r->n, c->n_routed_experts, top_k, tile);
+    int32_t width = c->moe_intermediate_size, d = c->hidden_size, tile = tile_rows(r, dl);
     const dsv4_bf16 *quant = m->options.numerics == DSV4_OFFICIAL ? b->u_quant : b->u_plain;
+    const struct dsv4_cuda_tile *tiles = b->tiles + s->tile;
+    ptrdiff_t first = (ptrdiff_t)s->row * width;
     struct dsv4_cuda_swiglu_args swiglu = {
-        .out = b->up_out, .g = b->gate_out, .u = b->up_out, .weights = b->row_weight, .n_row = rows, .n = width,
-        .first_shared = routed, .limit = c->swiglu_limit,
+        .out = b->up_out + first, .g = b->gate_out + first, .u = b->up_out + first, .weights = b->row_weight + s->row,
+        .n_row = s->n_row, .n = width, .first_shared = r->n * c->num_experts_per_tok - s->row, .limit = c->swiglu_limit,
         .shared_limit = m->options.april_shared ? dsv4_f32_from_bits(0x7f800000u) : c->swiglu_limit,
         .quant = dl->quant_down, .shared_quant = dl->quant_shared,
     };
-    struct dsv4_cuda_expert_sum_args sum = {.out = b->y, .rows = b->expert_out, .tok_rows = b->tok_rows, .n_tok = r->n,
-                                            .per_tok = top_k + 1, .n = d};
+    struct dsv4_cuda_expert_sum_args sum = sum_of(r);
     struct dsv4_cuda_spread_args spread = spread_of(r);
-    LAUNCH(r, experts, .w = {dl->w1, dl->w3}, .out = {b->gate_out, b->up_out}, .x_quant = quant, .x_plain = b->u_plain,
-           .row_tok = b->row_tok, .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = width,
-           .cols = d, .n_tok = r->n, .kinds = dl->mma_kinds, .tickets = b->tickets, .swiglu = &swiglu);
-    LAUNCH(r, experts, .w = {dl->w2, NULL}, .out = {b->expert_out, NULL}, .x_quant = b->up_out, .x_plain = b->up_out,
-           .tiles = b->tiles, .n_tile = b->n_tile, .max_tile = most, .tile_tok = tile, .rows = d, .cols = width,
-           .n_tok = r->n, .kinds = dl->mma_kinds, .tickets = b->tickets, .sum = &sum, .spread = &spread);
+    LAUNCH(r, experts, .w = {w->w1, w->w3}, .out = {b->gate_out, b->up_out}, .x_quant = quant, .x_plain = b->u_plain,
+           .row_tok = b->row_tok, .tiles = tiles, .n_tile = b->n_tile, .max_tile = s->n_tile, .tile_tok = tile,
+           .rows = width, .cols = d, .n_tok = r->n, .kinds = dl->mma_kinds, .tickets = b->tickets, .swiglu = &swiglu);
+    LAUNCH(r, experts, .w = {w->w2, NULL}, .out = {b->expert_out, NULL}, .x_quant = b->up_out, .x_plain = b->up_out,
+           .tiles = tiles, .n_tile = b->n_tile, .max_tile = s->n_tile, .tile_tok = tile, .rows = d, .cols = width,
+           .n_tok = r->n, .kinds = dl->mma_kinds, .tickets = b->tickets, .sum = s->all ? &sum : NULL, .spread = s->all ? &spread : NULL);
     return DSV4_OK;
+}
+
+/* The experts that the device has; where it has all (`all`), with what follows. */
+static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl, int all) {
+    const struct dsv4_config *c = config_of(r);
+    int32_t top_k = c->num_experts_per_tok, most = DSV4_CUDA_TILES(r->n, c->n_routed_experts, top_k, tile_rows(r, dl));
+    return products(r, dl, &(struct dsv4_expert_tables){dl->w1, dl->w3, dl->w2},
+                    &(struct stretch){.n_tile = most, .n_row = r->n * (top_k + 1), .all = all});
+}
+
+/* Only in passes whose tiles are of the larger kinds: swiglu is a launch of its own then. */
+DSV4_STATIC_ASSERT((int)DSV4_FEW_TOKENS >= (int)DSV4_CUDA_FEW_TILE, "experts that are uploaded have more rows");
+dsv4_status dsv4_device_expert(const run *r, const struct dsv4_device_layer *dl, const struct dsv4_expert_tables *w,
+                               const int32_t *first, int32_t e) {
+    int32_t tile = tile_rows(r, dl);
+    struct stretch s = {.row = first[e], .n_row = first[e + 1] - first[e]};
+    for (int32_t i = 0; i < e; i++)
+        s.tile += (first[i + 1] - first[i] + tile - 1) / tile;
+    s.n_tile = (s.n_row + tile - 1) / tile;
+    return products(r, dl, w, &s);
+}
+
+/* The sum of all experts, wherever their rows were made, and its spread. */
+static dsv4_status join(const run *r) {
+    struct dsv4_cuda_expert_sum_args sum = sum_of(r);
+    struct dsv4_cuda_spread_args spread = spread_of(r);
+    DSV4_TRY(dsv4_beside_receive(r));
+    DSV4_TRY(dsv4_device_status(r->d, r->launches->expert_sum(&sum, r->d->stream), "expert_sum", r->err));
+    return dsv4_device_status(r->d, r->launches->spread(&spread, r->d->stream), "spread", r->err);
 }
 
 /* ----------------------------------------------------------------------------------------------------------- the layer */
@@ -300,8 +371,9 @@ static dsv4_status experts(const run *r, const struct dsv4_device_layer *dl) {
 dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
     int32_t layer = half / 2;
     const struct dsv4_device_layer *dl = &r->d->layers[layer];
+    int beside = dsv4_beside_at(r->d, layer);
     if (half % 2) {
-        DSV4_TRY(experts(r, dl));
+        DSV4_TRY(beside ? join(r) : experts(r, dl, 1));
         DSV4_TRY(dsv4_device_at_ffn(r, layer));
         return dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS);
     }
@@ -312,5 +384,9 @@ dsv4_status dsv4_device_half_layer(run *r, int32_t half) {
     DSV4_TRY(dsv4_device_at_attention(r, layer));
     DSV4_TRY(dsv4_device_at_streams(r, layer, DSV4_SITE_STREAMS_MID));
     DSV4_TRY(collapse(r, &dl->l.hc_ffn, dl->l.ffn_norm, dsv4_device_pre(r, layer, DSV4_SITE_FFN_MIX)));
-    return route(r, dl);
+    DSV4_TRY(route(r, dl, layer));
+    if (!beside)
+        return DSV4_OK;
+    DSV4_TRY(dsv4_beside_send(r, layer));
+    return experts(r, dl, 0);
 }

@@ -3,6 +3,7 @@
  * A pass on the device: what goes there, the launches of forward.c, what comes back.  One thread enqueues
  * everything on one stream and waits once, at the end.
  */
+#include "model/device_experts.h"
 #include "model/device_sites.h"
 
 typedef struct dsv4_device_run run;
@@ -32,7 +33,7 @@ static dsv4_status stage(run *r) {
     DSV4_TRY(dsv4_device_sites_begin(r));
     dsv4_graphs_find(r);
     DSV4_TRY(dsv4_device_send(r));
-    DSV4_TRY(dsv4_device_segment(r, 2 * r->d->first_layer, 2 * r->d->end_layer));
+    DSV4_TRY(dsv4_beside_segments(r));
     if (dsv4_cancelled(r->w))
         return DSV4_OK;
     DSV4_TRY(dsv4_device_fetch(r));

@@ -5,9 +5,10 @@
  *
  * A pass is a row of segments, each from one cut to the next: what is enqueued between two cuts is one graph.  Cuts lie
  * between half layers: half 2 i is layer i up to the choice of its experts (all launches up to `group`), half 2 i + 1
- * the rest.  Whoever needs the host in the middle of a pass runs the halves before it as a segment, enqueues copies and
- * waits on the stream, and goes on with the next one.  Launches of a segment may depend on nothing but the shape of the
- * pass (never on its positions, pieces or session states), and in a segment nobody allocates, waits or copies.
+ * the rest.  Where experts of the layer lie beside the device (device_experts.h), those it has belong to half 2 i.  Whoever
+ * needs the host in the middle of a pass runs the halves before it as a segment, enqueues copies and waits on the stream,
+ * and goes on with the next one.  Launches of a segment may depend on nothing but the shape of the pass (never on its
+ * positions, pieces or session states), and in a segment nobody allocates, waits or copies.
  */
 #ifndef DSV4_DEVICE_RUN_H
 #define DSV4_DEVICE_RUN_H
@@ -18,7 +19,7 @@
 struct dsv4_device_run {
     struct dsv4_device *d;
     const struct dsv4_cuda_launches *launches; /* with the CPU's sums, or of prompts: nothing else decides on it */
-    const struct dsv4_pass *p;
+    struct dsv4_pass *p;
     dsv4_worker *w;
     struct dsv4_cuda_pass pass; /* pointers of the device; states of the layer at work */
     int32_t n;
@@ -46,6 +47,13 @@ static inline struct dsv4_cuda_linear_job dsv4_linear_job(const struct dsv4_weig
 dsv4_status dsv4_device_enter(struct dsv4_device_run *r);
 /* Half layer `half` of the model, for the streams of the pass. */
 dsv4_status dsv4_device_half_layer(struct dsv4_device_run *r, int32_t half);
+/* The rows of routed expert e alone, from these weights (all of the device, by expert); rows of expert i of the order by
+ * expert are [first[i], first[i + 1]).  After the half layer that grouped them, outside of segments. */
+struct dsv4_expert_tables {
+    const struct dsv4_weight *w1, *w3, *w2;
+};
+dsv4_status dsv4_device_expert(const struct dsv4_device_run *r, const struct dsv4_device_layer *l,
+                               const struct dsv4_expert_tables *w, const int32_t *first, int32_t e);
 
 /* Whether tokens of the pass may see more entries of this layer than it selects. */
 static inline int dsv4_device_scored(const struct dsv4_device_run *r, const struct dsv4_layer *l) {

@@ -4,7 +4,7 @@
 #include <time.h>
 
 #include "model/call.h"
-#include "model/device.h"
+#include "model/device_experts.h"
 #include "model/edit.h"
 #include "model/part.h"
 #include "model/sites.h"
@@ -116,11 +116,14 @@ static int layer(dsv4_worker *w, struct dsv4_pass *p, int32_t i) {
     return 0;
 }
 
-/* By the first worker; the others wait. */
+/* By the first worker; the others wait, and help with what is not on the device. */
 static int forward_on_device(dsv4_worker *w, struct dsv4_pass *p) {
-    if (w->id == 0)
+    if (w->id == 0) {
+        p->stopped = 0;
         dsv4_device_layers(w, p, p->fault);
-    DSV4_SYNC(w, p);
+    }
+    if (dsv4_beside_help(w, p))
+        return 1;
     if (p->fault->code != DSV4_OK || atomic_load(&p->damage->found))
         return 1;
     return dsv4_head(w, p);

@@ -212,6 +212,7 @@ dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config
     m->options.disable = NULL;
     m->options.root = NULL;
     m->options.cuda_plugin = m->options.cuda_driver = NULL;
+    m->options.hot = NULL;
     if (status != DSV4_OK) {
         dsv4_model_destroy(m);
         return status;

@@ -185,8 +185,7 @@ static void sum(dsv4_worker *w, struct dsv4_pass *p) {
     }
 }
 
-/* The rows that are grouped by expert, through their experts: this worker's columns of ws->expert_out. */
-static int run_experts(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
+int dsv4_moe_rows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     const struct dsv4_layer *l = &p->m->layers[layer];
     if (p->m->cache) {
         if (w->id == 0)
@@ -215,7 +214,7 @@ int dsv4_moe_expert(dsv4_worker *w, struct dsv4_pass *p, int32_t layer, int32_t 
             b->row_weight[t] = weights[t];
         }
     }
-    return run_experts(w, p, layer);
+    return dsv4_moe_rows(w, p, layer);
 }
 
 int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
@@ -223,7 +222,7 @@ int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
         return 1;
     if (w->id == 0 || p->n_tok == 1)
         group_rows(p, dsv4_prepared(w, p));
-    if (run_experts(w, p, layer))
+    if (dsv4_moe_rows(w, p, layer))
         return 1;
     sum(w, p);
     return 0;

@@ -120,6 +120,8 @@ struct dsv4_pass {
     int prompt;                      /* all tokens are of segments that say so, or none is; with tensor_cores */
     int on_device;                   /* the model's device computes this pass; else the CPU: the same bits */
     uint32_t drawn;                  /* bit i: the device has chosen the token of row i of the block at work */
+    const struct dsv4_beside_job *beside; /* what all workers do next of it (model/device_experts.h); NULL: it is over */
+    int stopped;                     /* the others have left it */
     int diagnose;                    /* look at the streams after every layer */
     int edited;                      /* a piece is: ask dsv4_edited (model/edit.h) */
     struct dsv4_calls *calls;        /* of the edits that ask the caller (model/call.h), or NULL */
@@ -198,6 +200,8 @@ int dsv4_scores(const struct dsv4_pass *p, int32_t layer);
 int dsv4_select(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
 /* moe.c: u_* -> this worker's columns of ws->y */
 int dsv4_moe(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
+/* Of rows already grouped by expert, this worker's columns of ws->expert_out. */
+int dsv4_moe_rows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer);
 /* head.c */
 int dsv4_head(dsv4_worker *w, struct dsv4_pass *p);
 

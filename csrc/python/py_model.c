@@ -96,6 +96,7 @@ struct load_args {
     struct dsv4_tensor_desc *tensors;
     PyObject *shard_list, *tensor_list; /* tuples of tuples: they keep the strings */
     PyObject *strings[3];               /* of the options, or NULL */
+    Py_buffer hot;                      /* of the options; obj NULL: none */
 };
 
 static void load_args_free(struct load_args *a) {
@@ -106,6 +107,7 @@ static void load_args_free(struct load_args *a) {
     Py_XDECREF(a->tensor_list);
     for (size_t i = 0; i < Py_ARRAY_LENGTH(a->strings); i++)
         Py_XDECREF(a->strings[i]);
+    PyBuffer_Release(&a->hot);
 }
 
 static int parse_config(struct load_args *a, PyObject *dict) {
@@ -144,6 +146,13 @@ static int parse_options(struct load_args *a, PyObject *dict) {
         if (!(*fields[i] = PyUnicode_AsUTF8(value)))
             return -1;
     }
+    PyObject *hot = PyDict_GetItemString(dict, "hot"); /* borrowed */
+    if (!hot || hot == Py_None)
+        return 0;
+    if (PyObject_GetBuffer(hot, &a->hot, PyBUF_CONTIG_RO) < 0)
+        return -1;
+    a->options.hot = a->hot.buf;
+    a->options.n_hot = (int32_t)(a->hot.len / (Py_ssize_t)sizeof *a->options.hot);
     return 0;
 }
 
@@ -369,6 +378,45 @@ static PyObject *model_experts(ModelObject *self, void *Py_UNUSED(closure)) {
                          "bytes", (unsigned long long)n.bytes);
 }
 
+static PyObject *model_placement(ModelObject *self, void *Py_UNUSED(closure)) {
+    PyObject *handle = open_handle(state_of(Py_TYPE(self)), self);
+    if (!handle)
+        return NULL;
+    struct dsv4_placement p;
+    dsv4_model_placement(handle_of(handle)->model, &p);
+    return Py_BuildValue("{s:i,s:i,s:K,s:K,s:K}", "experts", (int)p.experts, "experts_on_device",
+                         (int)p.experts_on_device, "weight_bytes",
+                         (unsigned long long)p.weight_bytes, "pass_bytes",
+                         (unsigned long long)p.pass_bytes, "shared_bytes",
+                         (unsigned long long)p.shared_bytes);
+}
+
+static PyObject *model_uses(ModelObject *self, PyObject *out) {
+    struct module_state *state = state_of(Py_TYPE(self));
+    PyObject *handle = open_handle(state, self);
+    Py_buffer view;
+    dsv4_error err = {0};
+    if (!handle || PyObject_GetBuffer(out, &view, PyBUF_CONTIG) < 0)
+        return NULL;
+    dsv4_model *model = handle_of(handle)->model;
+    const struct dsv4_config *c = dsv4_model_config(model);
+    const Py_ssize_t wanted = (Py_ssize_t)c->num_hidden_layers * c->n_routed_experts * 8;
+    dsv4_status status = DSV4_OK;
+    if (view.len != wanted) {
+        PyErr_Format(PyExc_ValueError, "out: got %zd bytes, wanted %zd", view.len, wanted);
+    } else {
+        Py_INCREF(handle); /* it may be closed meanwhile */
+        Py_BEGIN_ALLOW_THREADS
+        status = dsv4_model_uses(model, view.buf, &err);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(handle);
+        if (status)
+            raise_status(state, status, &err);
+    }
+    PyBuffer_Release(&view);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *model_closed(ModelObject *self, void *Py_UNUSED(closure)) {
     return PyBool_FromLong(self->handle == NULL);
 }
@@ -402,6 +450,9 @@ static PyMethodDef model_methods[] = {
     {"tensor", (PyCFunction)(void (*)(void))model_tensor, METH_VARARGS,
      PyDoc_STR("tensor($self, name, /)\n--\n\nRead-only uint8 view of a tensor's bytes, valid as "
                "long as it is held.")},
+    {"uses", (PyCFunction)(void (*)(void))model_uses, METH_O,
+     PyDoc_STR("uses($self, out, /)\n--\n\n"
+               "Fills uint64 [layers, routed experts]: how often tokens chose each on devices.")},
     {"close", (PyCFunction)(void (*)(void))model_close, METH_NOARGS,
      PyDoc_STR("close($self, /)\n--\n\nGive up the weights; they go when steps, sessions and views "
                "are done too.")},
@@ -415,6 +466,8 @@ static PyGetSetDef model_getset[] = {
      &model_getset},
     {"experts", (getter)(void (*)(void))model_experts, NULL,
      PyDoc_STR("dict: struct dsv4_expert_counts."), NULL},
+    {"placement", (getter)(void (*)(void))model_placement, NULL,
+     PyDoc_STR("dict: struct dsv4_placement."), NULL},
     {"closed", (getter)(void (*)(void))model_closed, NULL, PyDoc_STR("bool: close() was called."),
      NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -3,8 +3,8 @@
 // The plugin with its real kernels, executed on the CPU (host.h), over a device of malloc: so that the engine's pass on
 // the device runs whole where there is none.  New memory holds NaN; what is downloaded arrives at synchronize, not
 // before, and what is uploaded from memory that stays in place when somebody has waited for it; HOST_FAIL="allocate:3:2"
-// lets the third allocate fail with error 2, "flip:5:1" the fifth upload arrive with another bit; HOST_BYTES limits the
-// memory.
+// lets the third allocate fail with error 2, "flip:5:1" the fifth upload arrive with another bit, "skip_send:2:1" the second
+// send never run; HOST_BYTES limits the memory.
 //
 // Streams and graphs as on hardware: while a stream captures, its launches are noted and not executed, and what the
 // runtime forbids then (memory, waiting, copies, launches elsewhere) fails and spoils the capture.
@@ -329,7 +329,7 @@ const char *error_text(int) {
         if (!capturing)                                                                                                \
             catch_up(stream);                                                                                          \
         int code = capturing && capturing != stream ? forbidden() : fails(#op);                                        \
-        return code ? code : dsv4_cuda_##op(a, stream);                                                                \
+        return code || fails("skip_" #op) ? code : dsv4_cuda_##op(a, stream);                                          \
     }
 DSV4_CUDA_LAUNCHES(X)
 #undef X

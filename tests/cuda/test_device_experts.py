@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts beside the device, in host memory: the CPU's bits wherever each of them lies."""
+
+import ctypes
+import gc
+import shutil
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from steps import same, same_state
+
+import dsv4
+from dsv4.checkpoint import Checkpoint
+
+pytestmark = [pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
+              pytest.mark.usefixtures("host_device")]
+IDS = np.random.default_rng(7).integers(0, 256, 400)
+ALIGN = 256
+
+
+@pytest.fixture
+def host(host_plugin: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(host_plugin))
+    library.host_live.restype = library.host_used.restype = ctypes.c_uint64
+    return library
+
+
+def each(folder: Path) -> int:
+    """Bytes of a routed expert on the device."""
+    with Checkpoint.open(folder) as checkpoint:
+        return sum(-(-t.nbytes // ALIGN) * ALIGN for t in checkpoint.tensors.values()
+                   if t.name.startswith("layers.0.ffn.experts.0."))
+
+
+@cache
+def least(folder: Path) -> int:
+    """The gpu_memory with which a model loads, and less than half an expert more; no routed expert
+    is on the device then."""
+    with dsv4.load(folder, device="cuda", threads=1) as model:
+        at = model._core.placement
+    low = at["weight_bytes"] + at["pass_bytes"] - at["experts"] * each(folder)
+    high = low + (1 << 22)
+    while high - low > each(folder) // 2:
+        middle = (low + high) // 2
+        try:
+            dsv4.load(folder, device="cuda", threads=1, gpu_memory=middle).close()
+            high = middle
+        except MemoryError:
+            low = middle
+    return high
+
+
+def load(folder: Path, kept: int, threads: int = 2) -> dsv4.Model:
+    """With so many routed experts on the device."""
+    model = dsv4.load(folder, device="cuda", threads=threads,
+                      gpu_memory=least(folder) + kept * each(folder))
+    assert model._core.placement["experts_on_device"] == kept
+    return model
+
+
+def follow(cpu: dsv4.Model, gpu: dsv4.Model, lengths: tuple[int, ...]) -> None:
+    """One session on each, by pieces of these lengths, then two sessions in one step."""
+    a, b = cpu.session(), gpu.session()
+    at = 0
+    for n in lengths:
+        ids = IDS[at : at + n]
+        assert same(a.append(ids, logits="all"), b.append(ids, logits="all")), n
+        at += n
+    assert same_state(a, b)
+    c, d = a.fork(), b.fork()
+    for x, y in zip(cpu.step([(a, IDS[:2]), (c, IDS[3:4])], logits="all"),
+                    gpu.step([(b, IDS[:2]), (d, IDS[3:4])], logits="all"), strict=True):
+        assert x is not None and y is not None and same(x, y)
+
+
+@pytest.mark.parametrize(("kept", "threads"), [(0, 1), (13, 2), (28, 3)])
+def test_any_split(
+    cpu: dsv4.Model, nano: Callable[[str], Path], host: ctypes.CDLL, kept: int, threads: int,
+) -> None:
+    """Single tokens (the second as graphs), few, and so many that experts are uploaded; hashed
+    layers among them."""
+    gc.collect()
+    before = host.host_live()
+    with load(nano("nano-flash"), kept, threads) as model:
+        follow(cpu, model, (1, 1, 24, 1))
+        uses = np.zeros((4, 8), np.uint64)
+        model._core.uses(uses)
+        assert (uses.sum(1) == 3 * (27 + 3)).all()
+    gc.collect()
+    assert host.host_live() == before
+
+
+@pytest.mark.parametrize(("name", "kept", "numerics"), [
+    ("nano-base", 5, "official"), ("nano-pro", 3, "weights")])
+def test_other_formats(
+    nano: Callable[[str], Path], name: str, kept: int, numerics: str
+) -> None:
+    """FP8 experts with f32 scales; another config, and inputs that are not rounded."""
+    limit = least(nano(name)) + kept * each(nano(name))
+    with (dsv4.load(nano(name), device="cpu", threads=1, numerics=numerics) as one,
+          dsv4.load(nano(name), device="cuda", threads=2, numerics=numerics,
+                    gpu_memory=limit) as other):
+        assert other._core.placement["experts_on_device"] == kept
+        follow(one, other, (1, 19))
+
+
+def test_prompts_on_tensor_cores(nano: Callable[[str], Path], host: ctypes.CDLL) -> None:
+    """Their bits are not the CPU's, which therefore computes no row of such a pass: all experts
+    that are missing are uploaded."""
+    folder = nano("nano-flash")
+    limit = least(folder) + 13 * each(folder)
+    host.host_mma_bits(12)  # sums so bad that it shows
+    try:
+        with (dsv4.load(folder, device="cuda", threads=1, exact=False) as one,
+              dsv4.load(folder, device="cuda", threads=2, exact=False, gpu_memory=limit) as other):
+            a, b = one.session(), other.session()
+            for n in (9, 1):
+                assert same(a.append(IDS[:n], logits="all"), b.append(IDS[:n], logits="all"))
+    finally:
+        host.host_mma_bits(0)
+
+
+def test_limits(nano: Callable[[str], Path], host: ctypes.CDLL,
+                monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allowed or free is never passed, and what the engine says is what it took."""
+    folder = nano("nano-flash")
+    gc.collect()
+    before = host.host_used()
+    with pytest.raises(MemoryError, match=r"needed at least 0\.\d+ GiB .* sessions; .* allowed"):
+        dsv4.load(folder, device="cuda", gpu_memory=least(folder) - each(folder))
+    with load(folder, 9) as model:
+        at = model._core.placement
+        session = model.session()
+        session.append(IDS[:3])
+        taken = host.host_used() - before
+        assert at["weight_bytes"] < taken
+        assert taken <= least(folder) + 9 * each(folder)
+        del session
+    # without a limit: all that is free, but a sixteenth
+    with load(folder, 5) as model:
+        at = model._core.placement
+    del model
+    gc.collect()
+    free = 16 * (at["weight_bytes"] + at["pass_bytes"]) // 15 + 16
+    monkeypatch.setenv("HOST_BYTES", str(host.host_used() + free))
+    with dsv4.load(folder, device="cuda", threads=1) as model:
+        assert model._core.placement["experts_on_device"] == 5
+        assert host.host_used() - before <= free - free // 16
+    monkeypatch.setenv("HOST_BYTES", str(host.host_used() + (1 << 20)))
+    with pytest.raises(MemoryError, match=r"needed at least .* free 0\.001 GiB"):
+        dsv4.load(folder, device="cuda")
+
+
+@pytest.mark.parametrize(("call", "nth", "code"), [
+    ("host_allocate", 3, 2), ("allocate", 2, 2), ("stream_create", 2, 2), ("event_create", 1, 2),
+    ("event_create", 4, 2), ("upload", 2, 700),
+])
+def test_a_failing_load_gives_everything_back(
+    nano: Callable[[str], Path], host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, call: str,
+    nth: int, code: int,
+) -> None:
+    load(nano("nano-flash"), 9).close()  # what is done once in a process is done
+    gc.collect()
+    before = host.host_live()
+    monkeypatch.setenv("HOST_FAIL", f"{call}:{nth}:{code}")
+    with pytest.raises((MemoryError, dsv4.DeviceError), match=f"error {code}"):
+        load(nano("nano-flash"), 9)
+    assert host.host_live() == before
+
+
+@pytest.mark.parametrize(("call", "nth", "code"), [
+    ("send", 2, 1), ("receive", 3, 719), ("event_record", 3, 700), ("event_wait", 4, 700),
+    ("upload", 12, 700), ("experts", 12, 700), ("event_done", 1, 700), ("skip_send", 2, 999),
+])
+def test_a_failing_step(
+    cpu: dsv4.Model, nano: Callable[[str], Path], host: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch, call: str, nth: int, code: int,
+) -> None:
+    """All workers come back, the session is as it was, and the model says that it is lost; so
+    does one whose device ends without a word (skip_send)."""
+    gc.collect()
+    before = host.host_live()
+    with load(nano("nano-flash"), 0) as model:
+        session = model.session()
+        session.append(IDS[:2])
+        kept = session._core.fixed().copy()
+        monkeypatch.setenv("HOST_FAIL", f"{call}:{nth}:{code}")
+        with pytest.raises(dsv4.DeviceError, match=f"error {code}"):
+            session.append(IDS[2:26])
+        monkeypatch.delenv("HOST_FAIL")
+        with pytest.raises(dsv4.DeviceError, match=f"error {code}"):
+            session.append(IDS[2:3])
+        assert session.position == 2 and np.array_equal(kept, session._core.fixed())
+        del session
+    del model
+    gc.collect()
+    assert host.host_live() == before
+
+
+def test_a_step_that_needs_more_memory(
+    cpu: dsv4.Model, nano: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that ends half-way leaves the next one right."""
+    with load(nano("nano-flash"), 9) as model:
+        a, b = cpu.session(), model.session()
+        assert same(a.append(IDS[:1]), b.append(IDS[:1]))
+        monkeypatch.setenv("HOST_FAIL", "receive:2:2")
+        with pytest.raises(MemoryError, match="error 2"):
+            b.append(IDS[1:3])
+        monkeypatch.delenv("HOST_FAIL")
+        assert same(a.append(IDS[1:3]), b.append(IDS[1:3]))
+
+
+def test_interrupts(cpu: dsv4.Model, nano: Callable[[str], Path]) -> None:
+    """A step that is cancelled, at any moment, leaves the session as it was."""
+    with load(nano("nano-flash"), 4, 3) as model:
+        a, b = cpu.session(), model.session()
+        assert same(a.append(IDS[:2]), b.append(IDS[:2]))
+        for wait in (0.005, 0.2):
+            interrupted(b, wait)
+            assert b.position == 2
+        assert same(a.append(IDS[2:26]), b.append(IDS[2:26]))
+
+
+def interrupted(session: dsv4.Session, wait: float) -> None:
+    """Appends, and gets Ctrl-C after so many seconds."""
+    import signal
+
+    timer = threading.Timer(wait, signal.pthread_kill,
+                            (threading.main_thread().ident, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        session.append(IDS[2:26])
+        timer.join()
