@@ -150,6 +150,44 @@ struct dsv4_plugin_facts {
 dsv4_status dsv4_devices(struct dsv4_device_facts *out, int32_t capacity, int32_t *n, struct dsv4_plugin_facts *facts,
                          const char *plugin, const char *driver, dsv4_error *err);
 
+/* ------------------------------------------------------------------------------------------------ memory of a device */
+
+/*
+ * Memory of the GPU that computes some layer: made by the caller, or where the model keeps a tensor.  What lies there is
+ * complete when a step, or a call below, has
+ * returned.  Calls may be made beside a running step; none of them waits for it,
+ * but that giving memory back waits for all that runs on the device.
+ */
+struct dsv4_memory {
+    void *data;      /* of the device */
+    uint64_t nbytes;
+    int32_t device;  /* CUDA's number */
+    int32_t stage;   /* of the model */
+};
+
+/* CUDA's number of the GPU that computes a layer; -1 on the CPU, or without such a layer. */
+int32_t dsv4_model_device(const dsv4_model *model, int32_t layer);
+/* Bytes that are free there.  DSV4_E_ARGUMENT on the CPU, like the next two. */
+dsv4_status dsv4_memory_room(uint64_t *nbytes, dsv4_model *model, int32_t layer, dsv4_error *err);
+/* nbytes > 0, aligned to 256, undefined contents.  DSV4_E_MEMORY. */
+dsv4_status dsv4_memory_create(struct dsv4_memory *out, dsv4_model *model, int32_t layer, uint64_t nbytes, dsv4_error *err);
+/* The bytes of a tensor as they are stored, for reading; they live as long as the model.  DSV4_E_ARGUMENT where they are
+ * not there: vectors lie there as f32, and what a GPU does not compute nowhere. */
+dsv4_status dsv4_memory_of_tensor(struct dsv4_memory *out, dsv4_model *model, const char *name, dsv4_error *err);
+void dsv4_memory_destroy(dsv4_model *model, const struct dsv4_memory *memory); /* of dsv4_memory_create */
+/* Bytes [at, at + nbytes) to the host. */
+dsv4_status dsv4_memory_read(dsv4_model *model, void *to, const struct dsv4_memory *from, uint64_t at, uint64_t nbytes,
+                             dsv4_error *err);
+/*
+ * Bytes [at, at + nbytes) to new memory of the same device.  With `reader`, a cudaStream_t of the caller (1 the default
+ * stream, 2 that of the thread), what that stream gets from now on waits for the copy, and the call does not.
+ */
+dsv4_status dsv4_memory_copy(struct dsv4_memory *out, dsv4_model *model, const struct dsv4_memory *from, uint64_t at,
+                             uint64_t nbytes, void *reader, dsv4_error *err);
+/* n rows of four-byte elements, from_width each, to the start of `to` as rows of `width`, `fill` behind them. */
+dsv4_status dsv4_memory_widen(dsv4_model *model, const struct dsv4_memory *to, const struct dsv4_memory *from, int32_t n,
+                              int32_t width, int32_t from_width, uint32_t fill, dsv4_error *err);
+
 /* ---------------------------------------------------------------------------------------------------------- session */
 
 /*

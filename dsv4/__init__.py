@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dsv4.batch_jobs import BatchReport, run_batch
     from dsv4.completion import parse_completion
     from dsv4.config import Config
+    from dsv4.device_array import DeviceArray
     from dsv4.edit_base import Edit
     from dsv4.encoding import encode_messages
     from dsv4.errors import (
@@ -77,6 +78,7 @@ _WHERE = {
     "Sampling": "sampling",
     "Handle": "scheduler",
     "Scheduler": "scheduler",
+    "DeviceArray": "device_array",
     "Tensor": "tensors",
     "Tokenizer": "tokenizer",
     "Trace": "trace",
@@ -89,6 +91,7 @@ __all__ = [
     "BatchReport",
     "Completion",
     "Config",
+    "DeviceArray",
     "DeviceError",
     "Edit",
     "EncodingError",

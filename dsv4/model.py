@@ -264,7 +264,7 @@ class Model:
         streams: Any = None, streams_in: Any = None, streams_mid: Any = None, kv: Any = None,
         attention: Any = None, heads: Any = None, hyper: Any = None, sublayers: Any = None,
         logits: Logits = "none", nll: bool = False, out: str | os.PathLike[str] | None = None,
-        edit: "Edit | None" = None, **unknown: Any,
+        device: bool = False, edit: "Edit | None" = None, **unknown: Any,
     ) -> "Trace":
         """Run a prompt in a new session, and copy internals out meanwhile.
 
@@ -294,6 +294,8 @@ class Model:
             Keep -log p of each token.
         out : path, optional
             An empty or new folder: everything goes to `.npy` files there instead of memory.
+        device : bool
+            Layers are traced on the GPU, as `dsv4.DeviceArray` in place of arrays (`dsv4.Trace`).
         edit : Edit, optional
             What the session changes (`dsv4.edit`); values are traced after they are changed.
 
@@ -328,7 +330,8 @@ class Model:
         traced = Trace(
             self, router=router, indexer=indexer, streams=streams, streams_in=streams_in,
             streams_mid=streams_mid, kv=kv, attention=attention, heads=heads, hyper=hyper,
-            sublayers=sublayers, logits=logits, nll=nll, out=out, **unknown)
+            sublayers=sublayers, logits=logits, nll=nll, out=out, device=device,
+            **unknown)
         traced.session = self.session(edit=edit)
         try:
             traced.append(traced.session, ids, 0)

@@ -60,7 +60,7 @@ def experts(trace: Any, ax: Any = None) -> Any:
     layers = _asked(trace.router, "router")
     n = max(trace.router[i].scores.shape[1] for i in layers)
     share = np.stack([
-        np.bincount(trace.router[i].experts.ravel(), minlength=n) / len(trace.router[i].experts)
+        np.bincount(np.ravel(trace.router[i].experts), minlength=n) / len(trace.router[i].experts)
         for i in layers]) * 100
     ax = _axes(ax, (2.5 + 0.45 * min(n, 24), 1.4 + 0.3 * len(layers)))
     image = ax.imshow(share, aspect="auto", cmap=MAP, vmin=0, vmax=max(1.0, share.max()))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from dsv4 import _core
 from dsv4.checkpoint import TensorInfo
+from dsv4.device_array import DeviceArray
 
 Array = npt.NDArray[Any]
 CHUNK_ROWS = 256  # dequantised at a time
@@ -34,6 +35,11 @@ FORMATS = {
     "I64": Format("<i8", (0, 64)), "I32": Format("<i4", (0, 32)), "F32": Format("<f4", (2, 32)),
     "F16": Format("<f2", (2, 16)), "BF16": Format("<u2", (4, 16)),
     "F8_E4M3": Format("u1", (10, 8)), "F8_E8M0": Format("u1", (14, 8)), "F4": Format("u1", (1, 8)),
+}
+# as torch and JAX call them; F4 lies in bytes
+NAMES = {
+    "I64": "int64", "I32": "int32", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "F4": "uint8",
 }
 EXACT = ("I64", "I32", "F32", "F16")  # NumPy has the dtype
 
@@ -70,9 +76,11 @@ class Tensor:
 
     def __init__(
         self, name: str, dtype: str, shape: tuple[int, ...], data: npt.NDArray[np.uint8],
-        scale: "Tensor | None" = None, first: int = 0,
+        scale: "Tensor | None" = None, first: int = 0, core: "_core.Model | None" = None,
+        at: int = 0,
     ) -> None:
         self.name, self.dtype, self.shape, self.scale = name, dtype, shape, scale
+        self._core, self._at = core, at  # its first byte inside the whole tensor
         self._data = data  # its bytes, flat
         self._first = first  # its first row inside the whole tensor: scales are those of the whole
 
@@ -112,6 +120,32 @@ class Tensor:
         if self.dtype == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
         return self._data.view(FORMATS[self.dtype].numpy).reshape(shape)
+
+    def on_device(self) -> DeviceArray:
+        """Where a GPU has it: the same codes, without copying; read-only.
+
+        Returns
+        -------
+        DeviceArray
+            As `numpy` gives them; BF16 and F8 as torch and JAX know them, F4 as bytes.
+
+        Raises
+        ------
+        ValueError
+            No GPU has it as it is stored: the model runs on the CPU; a vector, of which the GPU
+            has float32 values; experts that stay on the host; draft heads.
+
+        Examples
+        --------
+        >>> import dsv4
+        >>> with dsv4.load() as model:
+        ...     if model.device != "cpu":
+        ...         head = model.tensors["head.weight"].on_device()  # for torch.from_dlpack
+        """
+        if self._core is None:
+            raise ValueError(f"{self.name}: belongs to no model")
+        memory = _core.tensor_memory(self._core, self.name)
+        return DeviceArray(memory, self._at, self.numpy().shape, NAMES[self.dtype])
 
     def dequantize(self, dtype: npt.DTypeLike = np.float32) -> Array:
         """The numbers it stands for, scales applied; a new array.
@@ -213,7 +247,7 @@ class Tensor:
             end, shape = first + 1, self.shape[1:]
         size = self.nbytes // n if n else 0
         return Tensor(self.name, self.dtype, shape, self._data[first * size : end * size],
-                      self.scale, self._first + first)
+                      self.scale, self._first + first, self._core, self._at + first * size)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return CPU, 0
@@ -266,7 +300,7 @@ class Tensors(Mapping[str, Tensor]):
             dtype = "F8_E8M0" if name.endswith(".scale") else "F4"
         if dtype == "F4" and info.dtype != "F4":
             shape = (*shape[:-1], 2 * shape[-1])
-        return Tensor(name, dtype, shape, self._core.tensor(name), scale)
+        return Tensor(name, dtype, shape, self._core.tensor(name), scale, 0, self._core)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)

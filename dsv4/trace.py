@@ -38,10 +38,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from dsv4 import _core
 from dsv4.arrays import WANT, Float32, Int32, Logits, to_bf16, wanted_rows
+from dsv4.device_columns import DeviceColumn
+from dsv4.device_columns import check_room as check_device
 from dsv4.memory import available_memory, size
 from dsv4.trace_columns import Column, Row
 from dsv4.trace_views import (
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from dsv4.session import Session
 
 Select: TypeAlias = bool | Sequence[int] | None
-Tap = tuple[int, int, npt.NDArray[Any]]
+Tap = tuple[int, int, Any]
 
 # what can be asked for -> values of the engine (enum dsv4_value) that it copies
 PARTS: dict[str, tuple[str, ...]] = {
@@ -121,6 +122,10 @@ class Trace:
     out : path, optional
         A folder, empty or new: everything goes to `.npy` files there, which are mapped, instead of
         memory.  `close` (or the end of a ``with`` block) cuts them to what there is.
+    device : bool
+        What is copied of layers stays on the GPU, and is a `dsv4.DeviceArray` in place of an array;
+        tokens, logits and nll are on the host.  Not for `attention`, nor with `out`, nor in steps
+        with edits: these are computed on the CPU.
 
     Attributes
     ----------
@@ -131,6 +136,8 @@ class Trace:
         With `Model.trace`: where the prompt is; closed with the trace.
     parts : dict
         The layers of each part that was asked for.
+    device : bool
+        Whether layers are traced on the GPU.
 
     Raises
     ------
@@ -158,7 +165,7 @@ class Trace:
         streams: Select = None, streams_in: Select = None, streams_mid: Select = None,
         kv: Select = None, attention: Select = None, heads: Select = None, hyper: Select = None,
         sublayers: Select = None, logits: Logits = "none", nll: bool = False,
-        out: str | os.PathLike[str] | None = None, **unknown: Any,
+        out: str | os.PathLike[str] | None = None, device: bool = False, **unknown: Any,
     ) -> None:
         for name in unknown:
             raise ValueError(f"trace: there is no {name!r}{nearest(name)}")
@@ -176,6 +183,7 @@ class Trace:
             sublayers=sublayers)
         self.parts = {part: _layers(model, part, which) for part, which in asked.items()
                       if which is not None and which is not False}
+        self.device = _on_device(model, device, attention, out)
         self._folder = None if out is None else _new_folder(out)
         self._make_columns()
         self._last: Float32 | None = None  # logits after the last token
@@ -193,6 +201,10 @@ class Trace:
                     if shape is None or (name, layer) in self._columns:
                         continue
                     fill = NAN if name == "index_scores" else NONE
+                    if self.device:
+                        self._columns[name, layer] = DeviceColumn(
+                            Row(*shape), ratios[layer], fill, self.model, layer)
+                        continue
                     self._columns[name, layer] = Column(
                         Row(*shape), ratios[layer], fill, self._path(f"{name}.{layer}"))
         self._taps = {(layer, _core.VALUES.index(name)): column
@@ -319,7 +331,7 @@ class Trace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside, in memory or on disk."""
+        """Bytes set aside, in memory, on the GPU or on disk."""
         return sum(column.held for column in self._all)
 
     def lens(self, layer: int, rows: Any = None) -> Float32:
@@ -351,7 +363,7 @@ class Trace:
         ...         (t.lens(last) == t.logits).all()
         np.True_
         """
-        streams = self.streams[layer]
+        streams = np.asarray(self.streams[layer])
         if rows is not None:
             streams = streams[np.atleast_1d(np.arange(len(streams))[rows])]
         if not len(streams):
@@ -449,7 +461,8 @@ class Trace:
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{part} of {len(layers)}" for part, layers in self.parts.items())
-        where = "in memory" if self._folder is None else f"in {self._folder}"
+        where = "on the GPU" if self.device else "in memory"
+        where = where if self._folder is None else f"in {self._folder}"
         return (f"<dsv4.Trace of {len(self)} tokens from position {self.position}: "
                 f"{parts or 'no'} layers, {size(self.nbytes)} {where}>")
 
@@ -458,7 +471,7 @@ class Trace:
     def _of(self, part: str, view: Callable[[int], View]) -> "Layers[View]":
         return Layers(part, self.parts.get(part, []), view)
 
-    def _value(self, name: str, layer: int) -> npt.NDArray[Any]:
+    def _value(self, name: str, layer: int) -> Any:
         return self._columns[name, layer].values
 
     def _attention(self, i: int) -> AttentionTrace:
@@ -575,7 +588,10 @@ class Trace:
         """MemoryError, or OSError with a folder, unless n tokens from `position` on have room."""
         begin = self.position if self._started else position
         need = {"logits": 0, "others": 0}
+        check_device([c for c in self._all if isinstance(c, DeviceColumn)], begin, position + n)
         for column in self._all:
+            if isinstance(column, DeviceColumn):
+                continue
             name = "logits" if column is self._logits else "others"
             need[name] += max(0, column.nbytes(begin, position + n) - column.held)
         total = sum(need.values())
@@ -657,9 +673,27 @@ def requested(trace: object, model: "Model") -> Trace:
 
 def nearest(name: str) -> str:
     """What somebody may have meant, for a message."""
-    known = [*PARTS, "logits", "nll", "out"]
+    known = [*PARTS, "logits", "nll", "out", "device"]
     near = difflib.get_close_matches(name, known, 3, 0.6)
     return f"; nearest are {', '.join(near)}" if near else f"; there are {', '.join(known)}"
+
+
+def _on_device(model: "Model", device: object, attention: Select, out: object) -> bool:
+    """Whether a trace stays on the GPU; ValueError where it cannot."""
+    if not isinstance(device, bool):
+        raise TypeError(f"device: got {device!r}, wanted True or False")
+    if not device:
+        return False
+    if _core.memory_room(model._core, 0) is None:
+        raise ValueError("device: got True, and this model runs on the CPU; wanted one loaded with "
+                         "device='cuda'")
+    if attention is not None and attention is not False:
+        raise ValueError("attention: its weights are computed on the CPU; wanted none of them with "
+                         "device=True")
+    if out is not None:
+        raise ValueError("out: got a folder with device=True, which keeps it on the GPU; wanted "
+                         "one of them")
+    return True
 
 
 def _layers(model: "Model", part: str, which: Select) -> list[int]:

@@ -2,7 +2,8 @@
 """What a trace shows of one layer: arrays with names.
 
 n is the number of tokens traced; row i belongs to token i.  Arrays are views of what the trace
-holds: they stay as they are when the trace goes on.
+holds: they stay as they are when the trace goes on.  Of a trace with ``device=True`` they are
+`dsv4.DeviceArray`, on the GPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4.arrays import Float32, Int32
+from dsv4.device_array import DeviceArray
 
 View = TypeVar("View")
 
@@ -295,7 +297,7 @@ class KVTrace:
 
 def plain(view: Any) -> Any:
     """A view as a dict of its arrays, without a copy."""
-    if isinstance(view, np.ndarray | int):
+    if isinstance(view, np.ndarray | DeviceArray | int):
         return view
     names = [name for name in view.__slots__ if not name.startswith("_")]
     return {name: plain(getattr(view, name)) for name in names}
@@ -309,8 +311,8 @@ def router_table(router: Mapping[int, RouterTrace], n: int, position: int) -> di
         "layer": np.repeat(np.array(list(router), int), n * k),
         "position": np.tile(np.repeat(np.arange(n) + position, k), len(views)),
         "choice": np.tile(np.arange(k), n * len(views)),
-        "expert": np.concatenate([np.zeros(0, np.int32), *(v.experts.ravel() for v in views)]),
-        "weight": np.concatenate([np.zeros(0, np.float32), *(v.weights.ravel() for v in views)]),
+        "expert": np.concatenate([np.zeros(0, np.int32), *(np.ravel(v.experts) for v in views)]),
+        "weight": np.concatenate([np.zeros(0, np.float32), *(np.ravel(v.weights) for v in views)]),
     }
 
 
@@ -319,10 +321,11 @@ def indexer_table(indexer: Mapping[int, IndexerTrace], position: int) -> dict[st
     names = ("layer", "position", "entry", "score", "first", "end")
     table: dict[str, list[Any]] = {name: [np.zeros(0, int)] for name in names}
     for layer, view in indexer.items():
-        row, rank = np.nonzero(view.selected >= 0)
-        entry = view.selected[row, rank]
+        selected, scores = np.asarray(view.selected), np.asarray(view.scores)
+        row, rank = np.nonzero(selected >= 0)
+        entry = selected[row, rank]
         ranges = view.ranges(entry)
-        found = (np.full(len(row), layer), row + position, entry, view.scores[row, entry],
+        found = (np.full(len(row), layer), row + position, entry, scores[row, entry],
                  ranges[:, 0], ranges[:, 1])
         for name, values in zip(names, found, strict=True):
             table[name].append(values)

@@ -44,6 +44,8 @@ static const void *copy(struct placing *p, const void *from, uint64_t bytes) {
     if (to && bytes && p->status == DSV4_OK)
         p->status = dsv4_device_status(p->d, p->d->plugin->runtime.upload(to, from, bytes, p->d->stream),
                                        "copying weights", p->err);
+    if (to && bytes && p->status == DSV4_OK)
+        p->status = dsv4_device_note(p->d, from, to, bytes, p->err);
     return to;
 }
 
@@ -357,6 +359,7 @@ void dsv4_device_destroy(struct dsv4_device *d) {
     rt->release(d->workspace);
     rt->release(d->scratch);
     dsv4_device_sites_destroy(d);
+    free(d->placed);
     if (d->stream)
         rt->stream_destroy(d->stream);
 }

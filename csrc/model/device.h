@@ -89,6 +89,13 @@ struct dsv4_shape_graphs {
     int32_t n_graph;
 };
 
+/* Where bytes that a tensor of the model has on the host lie on a device. */
+struct dsv4_placed {
+    const void *from;
+    void *to;
+    uint64_t nbytes;
+};
+
 struct dsv4_pipeline;
 
 /* A stage: layers [first_layer, end_layer) on one device. */
@@ -116,6 +123,8 @@ struct dsv4_device {
     int32_t *drawn;                   /* host, likewise: tokens and log-probabilities */
     struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
     uint64_t passes;
+    struct dsv4_placed *placed;       /* owned [n_placed]: weights as they were copied (device_memory.c) */
+    size_t n_placed, most_placed;
     struct dsv4_device_sites *sites;  /* owned: what passes with a trace need (device_sites.c); NULL before the first */
 };
 
@@ -155,6 +164,9 @@ size_t dsv4_device_drawn_words(void);
 
 /* device_layer.c: bytes that scratch grows to, whatever a pass is. */
 size_t dsv4_device_scratch_bytes(const dsv4_model *m);
+
+/* device_memory.c: weights at `from` have been copied to `to`. */
+dsv4_status dsv4_device_note(struct dsv4_device *d, const void *from, void *to, uint64_t nbytes, dsv4_error *err);
 
 /* device_graph.c: no graph is left: what they point to has moved, or goes. */
 void dsv4_graphs_drop(struct dsv4_device *d);

@@ -4,6 +4,7 @@
  * subinterpreters, as NumPy's core does.
  */
 #include "module.h"
+#include "py_device_array.h"
 #include "py_dlpack.h"
 #include "py_kernels.h"
 #include "py_part.h"
@@ -24,7 +25,8 @@ static int module_exec(PyObject *module) {
         add_type(module, &state->model_type, &model_spec) < 0 ||
         add_type(module, &state->session_type, &session_spec) < 0 ||
         add_type(module, &state->sampler_type, &sampler_spec) < 0 ||
-        add_type(module, &state->edit_type, &edit_spec) < 0)
+        add_type(module, &state->edit_type, &edit_spec) < 0 ||
+        add_type(module, &state->memory_type, &memory_spec) < 0)
         return -1;
     /* enum dsv4_phase */
     PyObject *phases = Py_BuildValue("(ssssssss)", "fp8", "fp4", "bf16", "f32", "attention",
@@ -65,6 +67,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->session_type);
     Py_VISIT(state->sampler_type);
     Py_VISIT(state->edit_type);
+    Py_VISIT(state->memory_type);
     Py_VISIT(state->format_error);
     Py_VISIT(state->nonfinite_error);
     Py_VISIT(state->forked_error);
@@ -79,6 +82,7 @@ static int module_clear(PyObject *module) {
     Py_CLEAR(state->session_type);
     Py_CLEAR(state->sampler_type);
     Py_CLEAR(state->edit_type);
+    Py_CLEAR(state->memory_type);
     Py_CLEAR(state->format_error);
     Py_CLEAR(state->nonfinite_error);
     Py_CLEAR(state->forked_error);
@@ -118,6 +122,12 @@ static PyMethodDef module_methods[] = {
          "multiprocessors, total bytes, free bytes,\n"
          "why it cannot be used or None), ...]) of the plugin at a path, with a driver library "
          "of that name.")},
+    {"tensor_memory", tensor_memory_function, METH_VARARGS,
+     PyDoc_STR("tensor_memory(model, name, /)\n--\n\n"
+               "The Memory where a GPU has the bytes of a tensor, for reading.")},
+    {"memory_room", memory_room_function, METH_VARARGS,
+     PyDoc_STR("memory_room(model, layer, /)\n--\n\n"
+               "(CUDA's number, free bytes) of the GPU that computes a layer; None on the CPU.")},
     {"part", part_function, METH_VARARGS,
      PyDoc_STR("part(model, kind, layer, number, state, token_ids, inputs, /)\n--\n\n"
                "One part of a layer (enum dsv4_part_kind) on arrays: the outputs as a tuple.  "

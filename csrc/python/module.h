@@ -21,7 +21,7 @@
 #include "dsv4.h"
 
 struct module_state {
-    PyTypeObject *model_type, *session_type, *sampler_type, *edit_type; /* owned */
+    PyTypeObject *model_type, *session_type, *sampler_type, *edit_type, *memory_type; /* owned */
     /* owned: classes of dsv4.errors */
     PyObject *format_error, *nonfinite_error, *forked_error, *unavailable_error, *device_error;
 };

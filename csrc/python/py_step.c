@@ -125,9 +125,10 @@ static int parse_segment(struct step_args *a, Py_ssize_t i, PyObject *item,
         segment->sampler = object->sampler;
         segment->sample = &a->samples[i];
     }
-    if (taps_parse(&holder->taps, trace, handle_of(a->handle)->model) < 0)
+    if (taps_parse(&holder->taps, trace, a->handle, state) < 0)
         return -1;
     segment->taps = holder->taps.taps;
+    segment->taps_on_device = holder->taps.on_device;
     return 0;
 }
 
@@ -266,7 +267,14 @@ static int parse_layer(struct layer_args *a, int32_t *n, ModelObject *self, PyOb
     a->out = array_new(ARRAY_U16, 3, shape, (void **)&a->out_data);
     if (!a->out)
         return -1;
-    return taps_parse(&a->taps, trace, handle_of(a->handle)->model);
+    if (taps_parse(&a->taps, trace, a->handle, state_of(Py_TYPE(self))) < 0)
+        return -1;
+    if (a->taps.on_device) {
+        PyErr_SetString(PyExc_ValueError, "trace: got one on the device of a layer called alone, "
+                                          "which the CPU computes");
+        return -1;
+    }
+    return 0;
 }
 
 PyObject *model_layer(ModelObject *self, PyObject *args) {

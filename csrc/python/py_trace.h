@@ -8,10 +8,12 @@
 struct taps {
     struct dsv4_tap *taps; /* owned [layers][DSV4_VALUES], or NULL */
     PyObject *items;       /* owned tuple that holds the arrays, or NULL */
+    int any, on_device;    /* some were read; they are Memory */
 };
 
-/* From None or a sequence of (layer, value, array); -1 with an exception set, still to be freed. */
-int taps_parse(struct taps *t, PyObject *trace, const dsv4_model *model);
+/* From None or a sequence of (layer, value, array), or of (layer, value, (Memory, first byte, rows,
+ * width)) with a width as in struct dsv4_tap; -1 with an exception set, still to be freed. */
+int taps_parse(struct taps *t, PyObject *trace, PyObject *handle, const struct module_state *state);
 void taps_free(struct taps *t);
 
 /* A method of Model: the shape of a value. */

@@ -39,6 +39,10 @@ static int prepare(int32_t device) {
     return code != cudaSuccess ? code : cudaFuncGetAttributes(&attributes, dsv4_cuda_probe);
 }
 
+static int current(int32_t *device) {
+    return cudaGetDevice(device);
+}
+
 static int free_bytes(uint64_t *out) {
     size_t free = 0, total = 0;
     cudaError_t code = cudaMemGetInfo(&free, &total);
@@ -73,6 +77,10 @@ static int upload(void *to, const void *from, uint64_t bytes, void *stream) {
 
 static int download(void *to, const void *from, uint64_t bytes, void *stream) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream);
+}
+
+static int copy(void *to, const void *from, uint64_t bytes, void *stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, (cudaStream_t)stream);
 }
 
 static int host_allocate(void **out, void **device, uint64_t bytes) {
@@ -165,8 +173,8 @@ extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin 
         sizeof(struct dsv4_cuda_plugin),
         CUDART_VERSION,
         DSV4_CUDA_BUILT_FOR,
-        {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
-         upload, download, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
+        {device_count, properties, prepare, current, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
+         upload, download, copy, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
          event_wait, event_done, capture_begin, capture_end, graph_launch, graph_destroy, error_name, error_text},
         {
 #define X(op) dsv4_cuda_##op,

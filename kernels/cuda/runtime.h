@@ -21,6 +21,7 @@ struct dsv4_cuda_runtime {
     int (*properties)(struct dsv4_cuda_properties *out, int32_t device);
     /* Whether the plugin has code for this device; makes it the current device of the calling thread. */
     int (*prepare)(int32_t device);
+    int (*current)(int32_t *device); /* of the calling thread */
     int (*free_bytes)(uint64_t *out); /* of the current device */
     int (*allocate)(void **out, uint64_t bytes); /* aligned to 256; *out is NULL on failure */
     int (*release)(void *p);                     /* waits for what runs; NULL is legal */
@@ -31,6 +32,7 @@ struct dsv4_cuda_runtime {
      * download brings after the next synchronize.  Memory of host_allocate is read later: when the stream comes to it. */
     int (*upload)(void *to, const void *from, uint64_t bytes, void *stream);
     int (*download)(void *to, const void *from, uint64_t bytes, void *stream);
+    int (*copy)(void *to, const void *from, uint64_t bytes, void *stream); /* both on the device */
     /* Host memory that stays in place and that kernels read and write too: for them it lies at *device. */
     int (*host_allocate)(void **out, void **device, uint64_t bytes); /* as allocate */
     int (*host_release)(void *p);

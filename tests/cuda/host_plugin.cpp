@@ -8,11 +8,15 @@
 //
 // Streams and graphs as on hardware: while a stream captures, its launches are noted and not executed, and what the
 // runtime forbids then (memory, waiting, copies, launches elsewhere) fails and spoils the capture.
+//
+// Threads may call at the same time: one call happens after the other.
 #include <map>
+#include <mutex>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/plugin.h"
@@ -40,10 +44,13 @@ struct event {
 std::map<void *, uint64_t> blocks, in_place;
 std::map<void *, std::vector<copy>> copies; // of each stream
 std::vector<arrival> arrivals;
+std::map<void *, int> waits; // of each stream, for copies that another one had not come to
 std::map<std::string, int> calls, totals;
 int streams, events, graphs;
 uint64_t downloaded;
 dsv4_host_stream *capturing;
+std::thread::id capturer;
+std::recursive_mutex one_call;
 bool spoilt;
 
 // The error this call is to give; a count per name since HOST_FAIL was last changed.
@@ -65,10 +72,12 @@ int fails(const char *name) {
     return ++calls[name] == nth ? code : 0;
 }
 
-// What a capture does not survive.
+// What a capture does not survive, from the thread that captures.
 int forbidden() {
-    spoilt = capturing;
-    return capturing ? 900 : 0;
+    if (!capturing || std::this_thread::get_id() != capturer)
+        return 0;
+    spoilt = true;
+    return 900;
 }
 
 uint64_t used() {
@@ -115,6 +124,11 @@ int properties(struct dsv4_cuda_properties *out, int32_t) {
 
 int prepare(int32_t) {
     return fails("prepare");
+}
+
+int current(int32_t *device) {
+    *device = 0;
+    return fails("current");
 }
 
 int free_bytes(uint64_t *out) {
@@ -200,6 +214,15 @@ int download(void *to, const void *from, uint64_t bytes, void *stream) {
     return fails("download");
 }
 
+int copy_here(void *to, const void *from, uint64_t bytes, void *stream) {
+    if (int code = forbidden())
+        return code;
+    if (bytes && (!inside(blocks, to, bytes) || !inside(blocks, from, bytes)))
+        return 1;
+    copies[stream].push_back({to, from, bytes});
+    return fails("copy");
+}
+
 // Kernels use it where the host does; outside `blocks`, so that copies to and from it as memory of the device fail.
 int host_allocate(void **out, void **device, uint64_t bytes) {
     if (int code = forbidden())
@@ -252,9 +275,10 @@ int event_record(void *e, void *stream) {
     return fails("event_record");
 }
 
-int event_wait(void *e, void *) {
+int event_wait(void *e, void *stream) {
     if (int code = forbidden())
         return code;
+    waits[stream] += (int)copies.count(((event *)e)->stream);
     catch_up(((event *)e)->stream);
     return fails("event_wait");
 }
@@ -276,6 +300,7 @@ int capture_begin(void *stream) {
         return code;
     capturing = (dsv4_host_stream *)stream;
     capturing->capturing = true;
+    capturer = std::this_thread::get_id();
     capturing->nodes.clear();
     spoilt = false;
     return 0;
@@ -324,8 +349,17 @@ const char *error_text(int) {
     return "as the test wants it";
 }
 
+template <auto f> struct locked;
+template <class... A, int (*f)(A...)> struct locked<f> {
+    static int call(A... a) {
+        std::lock_guard<std::recursive_mutex> guard(one_call);
+        return f(a...);
+    }
+};
+
 #define X(op)                                                                                                          \
     int op(const struct dsv4_cuda_##op##_args *a, void *stream) {                                                      \
+        std::lock_guard<std::recursive_mutex> guard(one_call);                                                         \
         if (!capturing)                                                                                                \
             catch_up(stream);                                                                                          \
         int code = capturing && capturing != stream ? forbidden() : fails(#op);                                        \
@@ -377,15 +411,24 @@ EXPORTED void host_mma_bits(int bits) {
     dsv4_host_mma_bits = bits;
 }
 
+// Times a stream came to wait for copies of another one.
+EXPORTED int host_waits(void *stream) {
+    return waits[stream];
+}
+
 EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
     static const struct dsv4_cuda_plugin plugin = {
         DSV4_CUDA_ABI,
         sizeof(struct dsv4_cuda_plugin),
         13000,
         "the host",
-        {device_count, properties, prepare, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
-         upload, download, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
-         event_wait, event_done, capture_begin, capture_end, graph_launch, graph_destroy, error_name, error_text},
+#define L(f) locked<f>::call
+        {L(device_count), L(properties), L(prepare), L(current), L(free_bytes), L(allocate), L(release),
+         L(stream_create), L(stream_destroy), L(synchronize), L(upload), L(download), L(copy_here),
+         L(host_allocate), L(host_release), L(stream_done), L(event_create), L(event_destroy), L(event_record),
+         L(event_wait), L(event_done), L(capture_begin), L(capture_end), L(graph_launch), L(graph_destroy),
+         error_name, error_text},
+#undef L
         {
 #define X(op) op,
             DSV4_CUDA_LAUNCHES(X)

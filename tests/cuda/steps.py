@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of steps on the device compare."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 import dsv4
@@ -22,3 +25,20 @@ def same_state(a: dsv4.Session, b: dsv4.Session) -> bool:
             if not np.array_equal(a._core.rows(*wanted), b._core.rows(*wanted)):
                 return False
     return True
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a trace by name, on the host."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from flat(part, f"{name}.{key}")
+    else:
+        yield name, np.asarray(value)
+
+
+def assert_same(a: dsv4.Trace, b: dsv4.Trace) -> None:
+    one, other = dict(flat(a.to_dict())), dict(flat(b.to_dict()))
+    assert one.keys() == other.keys() and len(one) > 3
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype and array.shape == other[name].shape, name
+        assert array.tobytes() == other[name].tobytes(), name

@@ -2,15 +2,14 @@
 """Traces of passes on the device, with the plugin's kernels executed on the CPU: the CPU's bits."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from steps import assert_same
 
 import dsv4
-from dsv4 import devices
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 IDS = np.random.default_rng(7).integers(0, 256, 600)
@@ -19,27 +18,8 @@ EVERYTHING = dict.fromkeys(
      "sublayers"), True)
 
 
-@pytest.fixture(autouse=True)
-def device(host_plugin: Path, shared_library: Callable[..., Path],
-           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "PLUGIN", host_plugin)
-    monkeypatch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
-
-
 @pytest.fixture
-def cpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
-    with dsv4.load(nano("nano-flash"), device="cpu", threads=1) as model:
-        yield model
-
-
-@pytest.fixture
-def gpu(nano: Callable[[str], Path]) -> Iterator[dsv4.Model]:
-    with dsv4.load(nano("nano-flash"), device="cuda", threads=2) as model:
-        yield model
-
-
-@pytest.fixture
-def launched(host_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Whether a step since the last call ran on the device: its first kernel is made to fail."""
     def on_device(step: Callable[[], object]) -> bool:
         monkeypatch.setenv("HOST_FAIL", "embed:1:2")
@@ -51,22 +31,6 @@ def launched(host_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
             monkeypatch.delenv("HOST_FAIL")
         return False
     return on_device
-
-
-def flat(value: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from flat(part, f"{name}.{key}")
-    else:
-        yield name, np.asarray(value)
-
-
-def assert_same(a: dsv4.Trace, b: dsv4.Trace) -> None:
-    one, other = dict(flat(a.to_dict())), dict(flat(b.to_dict()))
-    assert one.keys() == other.keys() and len(one) > 10
-    for name, array in one.items():
-        assert array.dtype == other[name].dtype and array.shape == other[name].shape, name
-        assert array.tobytes() == other[name].tobytes(), name
 
 
 def test_every_site(cpu: dsv4.Model, gpu: dsv4.Model, launched: Callable[..., bool]) -> None:
@@ -111,8 +75,7 @@ def test_a_batch(cpu: dsv4.Model, gpu: dsv4.Model) -> None:
                 sessions, ids, [[traces[0]], [traces[1]], [], [traces[2]]], strict=True)])
         found.append(traces)
     for one, other in zip(*found, strict=True):
-        for a, b in zip(flat(one.to_dict()), flat(other.to_dict()), strict=True):
-            assert a[0] == b[0] and a[1].tobytes() == b[1].tobytes(), a[0]
+        assert_same(one, other)
 
 
 def test_little_room_on_the_device(
