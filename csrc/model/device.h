@@ -63,6 +63,15 @@ struct dsv4_staging {
     int busy;                      /* what was sent may not have been read */
 };
 
+/* A block of rows that somebody wants (device_head.c). */
+struct dsv4_device_rows {
+    int32_t n;                           /* 0: none are at work */
+    int32_t row[DSV4_LOGIT_ROWS];        /* of each draw, in the block */
+    int32_t n_draw, n_list, n_top, needs;
+    const int32_t *tok;                  /* device: token of each row in the pass */
+    const struct dsv4_cuda_draw *draws;  /* device */
+};
+
 enum {
     DSV4_GRAPH_TOKENS = 64, /* larger passes are launched one by one: their work takes longer than that */
     DSV4_GRAPH_SHAPES = 32, /* whose graphs are kept; that needed longest ago goes */
@@ -71,6 +80,7 @@ enum {
 /* All that the launches of a pass depend on beside what lies in device memory. */
 struct dsv4_device_shape {
     int32_t n_tok, n_piece;
+    int32_t n_row, n_draw, n_top, needs; /* of the head's rows (struct dsv4_device_rows), where they are part of it */
     int32_t context;      /* at least the tokens of the longest session, those of the pass among them */
     int32_t scored_ratio; /* layers that compress more select all they see; 0: all do */
     int32_t prompt;       /* on tensor cores */
@@ -121,6 +131,7 @@ struct dsv4_device {
     struct dsv4_staging staging;
     uint8_t *draws;                   /* host, of the last stage: choices of rows and their lists, owned by the arena */
     int32_t *drawn;                   /* host, likewise: tokens and log-probabilities */
+    struct dsv4_device_rows rows;
     struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
     uint64_t passes;
     struct dsv4_placed *placed;       /* owned [n_placed]: weights as they were copied (device_memory.c) */

@@ -28,7 +28,14 @@ static int32_t longest(const struct dsv4_pass *p) {
 static struct dsv4_device_shape shape_of(const run *r) {
     const dsv4_model *m = r->d->model;
     int32_t end = longest(r->p), most = m->config.max_position_embeddings;
+    const struct dsv4_device_rows *rows = &r->d->rows;
     struct dsv4_device_shape s = {.n_tok = r->n, .n_piece = r->p->n_piece, .context = end, .prompt = r->p->prompt};
+    if (rows->n) {
+        s.n_row = rows->n;
+        s.n_draw = rows->n_draw;
+        s.n_top = rows->n_top;
+        s.needs = rows->needs;
+    }
     if (r->n <= DSV4_GRAPH_TOKENS) {
         s.context = LEAST_CONTEXT;
         while (s.context < end)
@@ -44,7 +51,8 @@ static struct dsv4_device_shape shape_of(const run *r) {
 
 static int same_shape(const struct dsv4_device_shape *a, const struct dsv4_device_shape *b) {
     return a->n_tok == b->n_tok && a->n_piece == b->n_piece && a->context == b->context &&
-           a->scored_ratio == b->scored_ratio && a->prompt == b->prompt;
+           a->scored_ratio == b->scored_ratio && a->prompt == b->prompt && a->n_row == b->n_row &&
+           a->n_draw == b->n_draw && a->n_top == b->n_top && a->needs == b->needs;
 }
 
 /* -------------------------------------------------------------------------------------------------------------- graphs */
@@ -103,7 +111,11 @@ static dsv4_status launch(run *r, int32_t first, int32_t end) {
         DSV4_TRY(dsv4_device_enter(r));
     for (int32_t half = first; half < end && (r->capturing || !dsv4_cancelled(r->w)); half++)
         DSV4_TRY(dsv4_device_half_layer(r, half));
-    return end == 2 * r->d->end_layer ? dsv4_device_gather(r) : DSV4_OK;
+    if (end < 2 * r->d->end_layer)
+        return DSV4_OK;
+    if (r->shape.n_row)
+        DSV4_TRY(dsv4_head_launch(r));
+    return dsv4_device_gather(r);
 }
 
 static dsv4_status capture(run *r, int32_t first, int32_t end, void **out) {

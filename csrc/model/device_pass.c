@@ -31,6 +31,7 @@ dsv4_status dsv4_device_enter(run *r) {
 static dsv4_status stage(run *r) {
     DSV4_TRY(dsv4_device_prepare(r->d, r->err));
     DSV4_TRY(dsv4_device_sites_begin(r));
+    dsv4_head_plan(r);
     dsv4_graphs_find(r);
     DSV4_TRY(dsv4_device_send(r));
     DSV4_TRY(dsv4_beside_segments(r));

@@ -68,6 +68,13 @@ dsv4_status dsv4_device_gather(const struct dsv4_device_run *r);
 dsv4_status dsv4_device_fetch(struct dsv4_device_run *r);
 void dsv4_device_arrive(struct dsv4_device_run *r);
 
+/* device_head.c: whether the first rows that somebody wants can be part of the pass, as d->rows says then; what they
+ * launch; what of theirs is sent (from the host's `tok` and `draws` on), and comes back.  Before dsv4_graphs_find. */
+void dsv4_head_plan(struct dsv4_device_run *r);
+dsv4_status dsv4_head_launch(const struct dsv4_device_run *r);
+void dsv4_head_write(const struct dsv4_device_run *r, uint8_t *tok, uint8_t *draws);
+void dsv4_head_want(const struct dsv4_device_run *r);
+
 /* device_graph.c: the shape of the pass, and its graphs if this shape was here before; once, before the first segment. */
 void dsv4_graphs_find(struct dsv4_device_run *r);
 /* Half layers [first, end), before the first one of the stage dsv4_device_enter: launched, captured and launched, or

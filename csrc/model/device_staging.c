@@ -25,10 +25,10 @@ static size_t aligned(size_t n) {
 
 /* Where things lie in what is sent; the copies that are wanted back come last. */
 struct layout {
-    size_t states, pieces, ids, positions, piece_of, bad, n_copy, copies;
+    size_t states, pieces, ids, positions, piece_of, tok, draws, bad, n_copy, copies;
 };
 
-static struct layout layout_of(const struct dsv4_device *d, size_t n_tok, size_t n_piece) {
+static struct layout layout_for(const struct dsv4_device *d, size_t n_tok, size_t n_piece, size_t n_row) {
     struct layout l = {0};
     size_t n_layer = (size_t)(d->end_layer - d->first_layer), at = 0;
 #define PLACE(field, bytes) \
@@ -39,11 +39,17 @@ static struct layout layout_of(const struct dsv4_device *d, size_t n_tok, size_t
     PLACE(ids, n_tok * sizeof(int32_t));
     PLACE(positions, n_tok * sizeof(int32_t));
     PLACE(piece_of, n_tok * sizeof(int32_t));
+    PLACE(tok, n_row * sizeof(int32_t));
+    PLACE(draws, n_row * sizeof(struct dsv4_cuda_draw));
     PLACE(bad, sizeof(int32_t));
     PLACE(n_copy, sizeof(int32_t));
     l.copies = at;
 #undef PLACE
     return l;
+}
+
+static struct layout layout_of(const run *r) {
+    return layout_for(r->d, (size_t)r->n, (size_t)r->p->n_piece, (size_t)r->shape.n_row);
 }
 
 /* Copies and bytes, alignment included. */
@@ -88,13 +94,23 @@ static struct need need_of_piece(const struct dsv4_device *d, int32_t n_tok) {
     return need;
 }
 
+static struct need need_of_head(const struct dsv4_device *d) {
+    struct need need = {0};
+    if (d->end_layer < d->model->config.num_hidden_layers)
+        return need;
+    need_rows(&need, DSV4_LOGIT_ROWS, (size_t)d->model->config.vocab_size * sizeof(float), DSV4_LOGIT_ROWS, 0);
+    need_rows(&need, dsv4_device_drawn_words(), sizeof(int32_t), 1, 0);
+    return need;
+}
+
 void dsv4_staging_measure(struct dsv4_device *d) {
     struct dsv4_staging *s = &d->staging;
+    struct need head = need_of_head(d);
     size_t chunk = (size_t)d->model->options.chunk_tok, few = chunk < DSV4_GRAPH_TOKENS ? chunk : DSV4_GRAPH_TOKENS;
     struct need one = need_of_piece(d, 1), all = need_of_piece(d, (int32_t)chunk);
-    s->most_copies = 1 + (few * one.copies > all.copies ? few * one.copies : all.copies);
-    s->out_bytes = ALIGN + (few * one.bytes > all.bytes ? few * one.bytes : all.bytes);
-    s->in_bytes = layout_of(d, chunk, chunk).copies + s->most_copies * sizeof(struct dsv4_cuda_copy);
+    s->most_copies = 1 + head.copies + (few * one.copies > all.copies ? few * one.copies : all.copies);
+    s->out_bytes = ALIGN + head.bytes + (few * one.bytes > all.bytes ? few * one.bytes : all.bytes);
+    s->in_bytes = layout_for(d, chunk, chunk, DSV4_LOGIT_ROWS).copies + s->most_copies * sizeof(struct dsv4_cuda_copy);
 }
 
 dsv4_status dsv4_staging_create(struct dsv4_device *d, dsv4_error *err) {
@@ -135,8 +151,11 @@ static void list_pieces(run *r, const struct layout *l) {
     s->copies = (struct dsv4_cuda_copy *)(void *)(s->in + l->copies);
     s->n_copy = 0;
     s->used = 0;
-    if (r->fetched == 0)
+    if (r->fetched == 0) {
         dsv4_staging_want(d, &r->bad, d->b.bad, sizeof r->bad);
+        if (r->shape.n_row)
+            dsv4_head_want(r);
+    }
     for (struct need all = {(size_t)s->n_copy, s->used}; r->fetched < r->p->n_piece; r->fetched++) {
         struct need more = need_of_piece(d, r->p->pieces[r->fetched].n);
         all.copies += more.copies;
@@ -150,8 +169,8 @@ static void list_pieces(run *r, const struct layout *l) {
 
 dsv4_status dsv4_device_gather(const run *r) {
     const struct dsv4_device *d = r->d;
-    const struct layout l = layout_of(d, (size_t)r->n, (size_t)r->p->n_piece);
-    size_t most = 1 + (size_t)r->p->n_piece * need_of_piece(d, r->n).copies;
+    const struct layout l = layout_of(r);
+    size_t most = 1 + (size_t)r->p->n_piece * need_of_piece(d, r->n).copies + (r->shape.n_row ? need_of_head(d).copies : 0);
     LAUNCH(r, gather, .out = d->b.out, .copies = (const struct dsv4_cuda_copy *)(const void *)(d->b.in + l.copies),
            .n_copy = (const int32_t *)(const void *)(d->b.in + l.n_copy),
            .n_block = most < MOST_BLOCKS ? (int32_t)most : MOST_BLOCKS);
@@ -193,12 +212,14 @@ static void write_input(const run *r, const struct layout *l) {
     memcpy(in + l->positions, p->positions, ints);
     memcpy(in + l->piece_of, p->piece_of, ints);
     memcpy(in + l->bad, &none, sizeof none);
+    if (r->shape.n_row)
+        dsv4_head_write(r, in + l->tok, in + l->draws);
 }
 
 dsv4_status dsv4_device_send(run *r) {
     struct dsv4_device *d = r->d;
     struct dsv4_device_buffers *b = &d->b;
-    const struct layout l = layout_of(d, (size_t)r->n, (size_t)r->p->n_piece);
+    const struct layout l = layout_of(r);
     if (d->staging.busy) /* of a pass that failed half-way, which may still read what it sent */
         DSV4_TRY(wait(r));
     for (int32_t i = 0; i < r->p->n_piece; i++)
@@ -209,6 +230,8 @@ dsv4_status dsv4_device_send(run *r) {
     b->positions = (int32_t *)(void *)(b->in + l.positions);
     b->piece_of = (int32_t *)(void *)(b->in + l.piece_of);
     b->bad = (int32_t *)(void *)(b->in + l.bad);
+    d->rows.tok = (const int32_t *)(void *)(b->in + l.tok);
+    d->rows.draws = (const struct dsv4_cuda_draw *)(void *)(b->in + l.draws);
     r->pass = (struct dsv4_cuda_pass){.pieces = b->pieces, .piece_of = b->piece_of, .positions = b->positions,
                                       .n_piece = r->p->n_piece, .n_tok = r->n};
     write_input(r, &l);
@@ -229,7 +252,7 @@ static void put(const struct dsv4_staging *s) {
 }
 
 dsv4_status dsv4_device_fetch(run *r) {
-    const struct layout l = layout_of(r->d, (size_t)r->n, (size_t)r->p->n_piece);
+    const struct layout l = layout_of(r);
     DSV4_TRY(download(r));
     while (r->fetched < r->p->n_piece) {
         DSV4_TRY(wait(r));

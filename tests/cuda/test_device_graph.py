@@ -12,9 +12,14 @@ import pytest
 from steps import same, same_state
 
 import dsv4
-from dsv4 import nano
+from dsv4 import _core, nano
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+SAMPLING = {
+    "temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "repetition_penalty": 1.0, "seed": 5, "logprobs": 2,
+    "min_new_tokens": 0, "max_new_tokens": -1, "stop_ids": (), "logit_bias": (),
+    "force_tokens": (), "choice": 0}
 IDS = np.random.default_rng(8).integers(0, 256, 64)
 
 
@@ -113,16 +118,22 @@ def test_graphs_that_are_not_needed_go(
     assert live() == before and host.host_graphs() == 0
 
 
-def test_calls_of_a_step(gpu: dsv4.Model, host: ctypes.CDLL) -> None:
-    """What a decode step asks of the runtime: a copy each way, one graph, one wait."""
+def test_calls_of_a_step(cpu: dsv4.Model, gpu: dsv4.Model, host: ctypes.CDLL) -> None:
+    """What a step of a token asks of the runtime: a copy each way, one graph, one wait; logits
+    and sampled tokens come with it."""
     calls = (b"upload", b"graph_launch", b"download", b"synchronize", b"allocate")
-    (session,) = filled((gpu,), 20)
-    for i in range(2):
-        gpu.step([(session, IDS[i:i + 1])], logits="none")
-    before = [host.host_calls(call) for call in calls]
-    gpu.step([(session, IDS[2:3])], logits="none")
-    assert [host.host_calls(call) - n for call, n in zip(calls, before, strict=True)] == [
-        1, 1, 1, 1, 0]
+    a, b = filled((cpu, gpu), 20)
+    samplers = [_core.Sampler(model.config.vocab_size, SAMPLING) for model in (cpu, gpu)]
+    for logits, own in ((0, False), (1, False), (0, True)):
+        for i in range(3):
+            before = [host.host_calls(call) for call in calls]
+            x, y = (model._core.step([(session._core, np.array([i], np.int32), logits,
+                                       sampler if own else None)], None)[0]
+                    for model, session, sampler in zip((cpu, gpu), (a, b), samplers, strict=True))
+            assert x[1] == y[1] and (x[0] is y[0] is None or same(x[0], y[0]))
+        assert [host.host_calls(call) - n for call, n in zip(calls, before, strict=True)] == [
+            1, 1, 1, 1, 0]
+    assert same_state(a, b)
 
 
 def test_more_sessions_than_come_back_at_once(
@@ -134,7 +145,7 @@ def test_more_sessions_than_come_back_at_once(
                        index_n_heads=4)
     with (dsv4.load(folder, device="cpu", threads=1) as cpu,
           dsv4.load(folder, device="cuda", threads=1) as gpu):
-        pairs = [filled((cpu, gpu), 3 + i % 4, i) for i in range(70)]
+        pairs = [filled((cpu, gpu), 3 + i % 4, i) for i in range(96)]
         before = host.host_calls(b"download")
         for k, model in enumerate((cpu, gpu)):
             model.step([(pair[k], IDS[i % 8:i % 8 + 1] % 128) for i, pair in enumerate(pairs)],
