@@ -6,13 +6,15 @@ and the tensors are handed to the engine, which uses them where they lie.  Sourc
 """
 
 import os
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv4 import _core, devices, hub
+from dsv4 import _core, devices, hub, placement
 from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.config import Config
 from dsv4.errors import BackendUnavailable, DeviceError, FormatError
@@ -68,8 +70,11 @@ def load(
         routed experts come from disk: those used most are kept, the others are read when they are
         chosen.  It changes the speed, never a bit of the results; `Model.plan` says what is kept.
     gpu_memory : int, optional
-        Most bytes of the GPU for weights and a step; what is free by default.  All weights must fit
-        there.
+        Most bytes of the GPU for weights, a step and one session of usual length; without it all
+        that is free, but for a sixteenth (at most 4 GiB) that is left to sessions.  Routed experts
+        that do not fit there stay in host memory: the CPU computes their rows, or they are uploaded
+        where a prompt has many.  Those that earlier runs used most are on the GPU
+        (`dsv4.placement`).  It changes the speed, never a bit of the results.
     verify : "crc" or "sha256", optional
         Compare all weights with their checksums first (`dsv4.checksums`).
     revision : str, optional
@@ -142,9 +147,15 @@ def load(
         else:
             options["copy_to_nodes"] = int(mmap)
         tokenizer, defaults = _text_files(folder, checkpoint.config)
+        uses = _Uses(checkpoint, options)
         with _Progress(str(folder)) as progress:
             core = _on_device(checkpoint, options, progress, device)
-        return Model(core, checkpoint, tokenizer, defaults, needs, options)
+        if options["use_cuda"]:
+            needs = replace(needs, device="cuda", gpu_memory=gpu_memory,
+                            on_gpu=core.placement["experts_on_device"])
+        model = Model(core, checkpoint, tokenizer, defaults, needs, options)
+        uses.keep(model)
+        return model
 
 
 def kernel_info() -> dict[str, str]:
@@ -250,6 +261,24 @@ def _on_device(
         return engine(checkpoint, options, progress)
 
 
+class _Uses:
+    """The counts of routed experts of a model that is to run on a GPU (`dsv4.placement`)."""
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+        c = checkpoint.config
+        self.shape, self.chosen = (c.num_hidden_layers, c.n_routed_experts), c.num_experts_per_tok
+        if options["use_cuda"]:
+            self.key = placement.fingerprint(checkpoint)
+            counted = placement.read(self.key, self.shape)
+            options["hot"] = None if counted is None else placement.order(counted)
+
+    def keep(self, model: Model) -> None:
+        """Have them saved when the model is closed, if some of its experts are not on the GPU."""
+        if model.plan.experts_on_gpu < model.plan.experts and model.device == "cuda":
+            model._keep_uses = weakref.finalize(
+                model, placement.save, model._core, self.key, self.shape, self.chosen, os.getpid())
+
+
 def _check_device(options: dict[str, Any]) -> None:
     """DeviceError unless the device gives the CPU's bits for the model inside the package.
 
@@ -262,7 +291,8 @@ def _check_device(options: dict[str, Any]) -> None:
     with Checkpoint.open(DEFAULT_MODEL) as small:
         for use_cuda in (0, 1):
             core = engine(small, options | {
-                "use_cuda": use_cuda, "expert_bytes": 0, "tensor_cores": 0})
+                "use_cuda": use_cuda, "expert_bytes": 0, "tensor_cores": 0, "gpu_bytes": 0,
+                "hot": None})
             try:
                 session = _core.Session(core, 0)
                 for ids in CHECK_PROMPT, CHECK_PROMPT[:1]:

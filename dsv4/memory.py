@@ -36,6 +36,8 @@ LOGIT_ROWS = 32
 NOT_ALWAYS_READ = ("routed experts", "embedding", "draft")
 # an expert in memory: six tensors, each read from and to a multiple of 4096 bytes
 EXPERT_EDGES = 6 * 2 * 4096
+# what attention grows to on a GPU; an entry of its tables of experts (struct dsv4_weight)
+GPU_SCRATCH, EXPERT_ENTRY = 256 << 20, 32
 # page tables, buffers, the interpreter: what no part counts; less for small models
 MARGIN = 256 << 20
 
@@ -64,6 +66,8 @@ class Plan:
         Bytes it may use; None: as many as it needs.
     gpu_memory : int or None
         Bytes of the GPU it may use, for device "cuda"; None: as many as it needs.
+    on_gpu : int or None
+        Of a model that is loaded: how many routed experts are on the GPU.
     """
 
     config: Config
@@ -75,6 +79,7 @@ class Plan:
     device: str
     memory: int | None = None
     gpu_memory: int | None = None
+    on_gpu: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -137,26 +142,42 @@ class Plan:
             return {}
         weights = self.weights
         kept = weights["routed experts"] * self.experts_on_gpu // self.experts
+        way = self.gpu_on_the_way if self.experts_on_gpu < self.experts else 0
         gpu = {
             "weights each token reads": self.always_read, "embedding": weights["embedding"],
-            "routed experts": kept, "state": self.state_bytes, "workspace": self.workspace,
+            "routed experts": kept, "experts on their way": way, "state": self.state_bytes,
+            "workspace": self.workspace + GPU_SCRATCH,
         }
         return {"gpu": gpu, "host": {"routed experts": weights["routed experts"] - kept}}
 
     @property
     def experts_on_gpu(self) -> int:
-        """Routed experts that `gpu_memory` has room for beside all else."""
+        """Routed experts that `gpu_memory` has room for beside all else; those that are there, of a
+        model that is loaded."""
         if self.device != "cuda":
             return 0
-        if self.gpu_memory is None:
+        if self.on_gpu is not None:
+            return self.on_gpu
+        room = None if self.gpu_memory is None else self.gpu_memory - self.gpu_always
+        if room is None or room >= self.weights["routed experts"]:
             return self.experts
         each = -(-self.weights["routed experts"] // self.experts)
-        return max(0, min(self.experts, (self.gpu_memory - self.gpu_always) // each))
+        return max(0, min(self.experts - 1, (room - self.gpu_on_the_way) // each))
+
+    @property
+    def gpu_on_the_way(self) -> int:
+        """Bytes on the GPU for experts that are not there: two slots, their tables, counters."""
+        if self.device != "cuda" or self.on_gpu == self.experts:
+            return 0
+        c, each = self.config, -(-self.weights["routed experts"] // self.experts)
+        tables = 2 * 3 * (c.n_routed_experts + 1) * c.num_hidden_layers * EXPERT_ENTRY
+        return 2 * each + tables + 8 * self.experts
 
     @property
     def gpu_always(self) -> int:
         """Bytes that are on the GPU whatever `gpu_memory` is."""
-        return self.always_read + self.weights["embedding"] + self.state_bytes + self.workspace
+        rest = self.state_bytes + self.workspace + GPU_SCRATCH
+        return self.always_read + self.weights["embedding"] + rest
 
     @property
     def disk_per_token(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Arguments are checked here, before any work; the engine is `dsv4._core`, loading
 """
 
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from types import TracebackType
@@ -91,6 +91,7 @@ class Model:
         self._shards = len(checkpoint.shards)
         self.threads = self._core.threads
         self._prefixes = SharedPrefixes()
+        self._keep_uses: Callable[[], object] | None = None  # of routed experts, at the end
         self.tensors = Tensors(core, checkpoint.tensors)
         self.layers = Layers(Layer(self, i) for i in range(self.config.num_hidden_layers))
 
@@ -545,6 +546,8 @@ class Model:
     def close(self) -> None:
         """Give up the weights.  Sessions of the model can no longer step; twice is no error."""
         self._prefixes.close()
+        if self._keep_uses is not None:
+            self._keep_uses()
         self._core.close()
 
     def __enter__(self) -> "Model":
@@ -573,6 +576,9 @@ class Model:
 
     def _kept(self) -> list[tuple[str, str]]:
         kept, n = self.plan.experts_in_memory, self.plan.experts
+        if self.device == "cuda" and self.plan.experts_on_gpu < n:
+            return [("on the GPU", f"{self.plan.experts_on_gpu:,} of {n:,} routed experts; the "
+                                   "others lie in host memory, where the CPU computes them")]
         if kept == n:
             return []
         return [("in memory", f"{size(self.plan.resident)}, {kept:,} of {n:,} routed experts; "

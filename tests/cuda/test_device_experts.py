@@ -3,9 +3,11 @@
 
 import ctypes
 import gc
+import json
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from steps import same, same_state
 
 import dsv4
+from dsv4 import placement
 from dsv4.checkpoint import Checkpoint
 
 pytestmark = [pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
@@ -122,6 +125,93 @@ def test_prompts_on_tensor_cores(nano: Callable[[str], Path], host: ctypes.CDLL)
                 assert same(a.append(IDS[:n], logits="all"), b.append(IDS[:n], logits="all"))
     finally:
         host.host_mma_bits(0)
+
+
+@pytest.fixture(autouse=True)
+def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where counts of experts are kept."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "dsv4" / "experts"
+
+
+def test_those_used_most(
+    nano: Callable[[str], Path], host: ctypes.CDLL, state_folder: Path
+) -> None:
+    """Counted, kept when the model is closed or forgotten, and on the GPU after the next load."""
+    folder = nano("nano-flash")
+    model = load(folder, 8)
+    assert "8 of 32 routed experts; the others lie in host memory" in repr(model)
+    assert model.plan.experts_on_gpu == 8 and model.plan.device == "cuda"
+    before = host.host_calls(b"receive")
+    model.session().append(IDS[:9], logits="none")
+    assert host.host_calls(b"receive") == before + 3  # without counts the first layer is whole
+    uses = np.zeros((4, 8), np.uint64)
+    model._core.uses(uses)
+    model.close()
+    (file,) = state_folder.iterdir()
+    kept = json.loads(file.read_text())
+    assert kept["uses"] == uses.tolist()
+    # half of two layers are made those used most, in a file that counts are added to
+    asked = np.zeros((4, 8), np.int64)
+    asked[2, 4:] = asked[3, :4] = 100
+    kept |= dict(uses=asked.tolist(), crc32=placement._checksum(asked))
+    file.write_text(json.dumps(kept))
+    model = load(folder, 8)
+    session = model.session()
+    before = host.host_calls(b"receive")
+    session.append(IDS[:1], logits="none")
+    assert host.host_calls(b"receive") == before + 4
+    session.append(IDS[1:9], logits="none")
+    del model, session
+    gc.collect()
+    assert json.loads(file.read_text())["uses"] == (asked + uses.astype(np.int64)).tolist()
+
+
+def damaged(text: str) -> Iterator[bytes]:
+    whole = json.loads(text)
+    yield b""
+    yield text.encode()[:-9]
+    yield b"[" * 100000
+    for change in (dict(model="0" * 64), dict(uses=[[1]]), dict(uses=[[-1] * 8] * 4),
+                   dict(crc32=whole["crc32"] ^ 1), dict(format="other"), dict(uses=None),
+                   dict(uses=[[1 << 70] * 8] * 4)):
+        yield json.dumps(whole | change).encode()
+
+
+def test_damaged_counts(nano: Callable[[str], Path], state_folder: Path,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored with a warning, and so are those that cannot be read or written."""
+    folder = nano("nano-flash")
+    with load(folder, 6) as model:
+        model.session().append(IDS[:1], logits="none")
+    (file,) = state_folder.iterdir()
+    shape = (4, 8)
+    key = json.loads(file.read_text())["model"]
+    for content in damaged(file.read_text()):
+        file.write_bytes(content)
+        with pytest.warns(UserWarning, match="uses of experts are ignored: "):
+            assert placement.read(key, shape) is None
+    with pytest.warns(UserWarning, match="uses of experts are ignored: "):
+        model = load(folder, 6)
+    model.session().append(IDS[:1], logits="none")
+    file.unlink()
+    file.mkdir()
+    with pytest.warns(UserWarning, match="ignored: (they could|.*Is a directory)"):
+        model.close()
+    assert [p.name for p in state_folder.iterdir()] == [file.name]
+
+
+def test_old_counts_fade(nano: Callable[[str], Path], state_folder: Path) -> None:
+    class Core:
+        def uses(self, out: np.ndarray) -> None:
+            out[0, 0] = 3 * placement.FADE
+
+    for _ in range(3):
+        placement.save(Core(), "k", (1, 2), 1, os.getpid())  # type: ignore[arg-type]
+    counts = placement.read("k", (1, 2))
+    assert counts is not None and placement.FADE // 2 < counts[0, 0] <= placement.FADE
+    placement.save(Core(), "k2", (1, 2), 1, os.getpid() + 1)  # type: ignore[arg-type]
+    assert placement.read("k2", (1, 2)) is None
 
 
 def test_limits(nano: Callable[[str], Path], host: ctypes.CDLL,

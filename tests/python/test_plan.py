@@ -121,9 +121,12 @@ def test_places_of_a_gpu(config):
     whole = plan(c, context=4096, device="cuda")
     assert whole.experts_on_gpu == whole.experts == 43 * 256
     assert sum(whole.places["host"].values()) == 0
-    assert sum(whole.places["gpu"].values()) == whole.total - whole.weights["draft"]
+    everything = whole.total - whole.weights["draft"] + memory.GPU_SCRATCH
+    assert sum(whole.places["gpu"].values()) == everything
+    assert plan(c, context=4096, device="cuda", gpu_memory=everything).experts_on_gpu == 43 * 256
     each = whole.weights["routed experts"] // whole.experts
-    card = plan(c, context=4096, device="cuda", gpu_memory=whole.gpu_always + 1000 * each + 5)
+    beside = whole.gpu_always + whole.gpu_on_the_way
+    card = plan(c, context=4096, device="cuda", gpu_memory=beside + 1000 * each + 5)
     assert card.experts_on_gpu == 1000
     assert sum(card.places["gpu"].values()) == card.gpu_memory - 5
     assert card.places["host"]["routed experts"] == (card.experts - 1000) * each
