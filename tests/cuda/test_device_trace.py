@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from steps import assert_same
+from test_device_experts import load
 
 import dsv4
 
@@ -98,6 +99,30 @@ def test_little_room_on_the_device(
     for session, t in zip(sessions, traces, strict=True):
         session.append(IDS[1:6], trace=t)
     assert_same(*traces)
+
+
+def test_experts_beside(cpu: dsv4.Model, host_device: None, nano: Callable[[str], Path]) -> None:
+    """Some experts are computed on the host: the same values, also in arrays on the device; their
+    weights are not there."""
+    with load(nano("nano-flash"), kept=12) as gpu:
+        traces = []
+        for model, device in ((cpu, False), (gpu, False), (gpu, True)):
+            t = dsv4.Trace(model, router=True, sublayers=True, streams=True, device=device)
+            session = model.session()
+            session.append(IDS[:4], trace=t)
+            session.append(IDS[4:5], trace=t)
+            traces.append(t)
+        assert_same(traces[0], traces[1])
+        assert_same(traces[0], traces[2])
+        there = 0
+        for layer in range(4):
+            for expert in range(8):
+                weight = gpu.tensors[f"layers.{layer}.ffn.experts.{expert}.w2.weight"]
+                try:
+                    there += np.array_equal(weight.on_device().numpy(), weight.numpy())
+                except ValueError as error:
+                    assert "other experts and the draft heads on the host" in str(error)
+        assert there == 12
 
 
 def test_what_the_cpu_computes(gpu: dsv4.Model, launched: Callable[..., bool]) -> None:
