@@ -77,7 +77,8 @@ struct dsv4_options {
     const char *cuda_plugin, *cuda_driver; /* with use_cuda: as for dsv4_devices */
     const char *root;               /* where /sys and /proc are found, for tests; NULL: this machine's */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
-    /* bytes scanned, from the calling thread, at least every 50 ms; non-zero cancels (DSV4_E_CANCELLED); or NULL */
+    /* bytes scanned, at least every 50 ms, then those copied to each GPU; from the calling thread; non-zero cancels
+     * (DSV4_E_CANCELLED); or NULL */
     int (*progress)(void *arg, uint64_t done, uint64_t total);
     void *progress_arg;
 };

@@ -29,9 +29,12 @@ struct placing {
     struct dsv4_device *d;
     uint8_t *base;
     size_t used;
+    size_t total, told; /* all of it, and how much was copied when the caller was last told */
     dsv4_error *err;
     dsv4_status status; /* of the first failure */
 };
+
+enum { PART_BYTES = 32 << 20 }; /* between two looks at whether the load goes on */
 
 static void *take(struct placing *p, uint64_t bytes) {
     uint8_t *at = p->base ? p->base + p->used : NULL;
@@ -39,11 +42,31 @@ static void *take(struct placing *p, uint64_t bytes) {
     return at;
 }
 
+/* `copied` bytes of the block are there. */
+static dsv4_status tell(struct placing *p, size_t copied) {
+    const struct dsv4_options *o = &p->d->model->options;
+    if (copied - p->told < PART_BYTES && copied < p->total)
+        return DSV4_OK;
+    p->told = copied;
+    if (o->progress && o->progress(o->progress_arg, copied, p->total))
+        return dsv4_fail(p->err, DSV4_E_CANCELLED, "the load was cancelled");
+    return DSV4_OK;
+}
+
+static dsv4_status send(struct placing *p, uint8_t *to, const uint8_t *from, size_t bytes) {
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < PART_BYTES ? bytes - at : PART_BYTES;
+        DSV4_TRY(dsv4_device_status(p->d, p->d->plugin->runtime.upload(to + at, from + at, n, p->d->stream),
+                                    "copying weights", p->err));
+        DSV4_TRY(tell(p, at + n < bytes ? (size_t)(to + at + n - p->base) : p->used));
+    }
+    return DSV4_OK;
+}
+
 static const void *copy(struct placing *p, const void *from, uint64_t bytes) {
     void *to = take(p, bytes);
     if (to && bytes && p->status == DSV4_OK)
-        p->status = dsv4_device_status(p->d, p->d->plugin->runtime.upload(to, from, bytes, p->d->stream),
-                                       "copying weights", p->err);
+        p->status = send(p, to, from, bytes);
     if (to && bytes && p->status == DSV4_OK)
         p->status = dsv4_device_note(p->d, from, to, bytes, p->err);
     return to;
@@ -275,7 +298,7 @@ static dsv4_status fill(struct dsv4_device *d, uint8_t **base, size_t bytes, voi
     void *memory;
     DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), doing, err));
     *base = memory;
-    struct placing p = {.d = d, .base = *base, .err = err};
+    struct placing p = {.d = d, .base = *base, .total = bytes, .err = err};
     lay(&p);
     return p.status;
 }

@@ -117,6 +117,34 @@ def test_a_failing_load_gives_everything_back(
         assert model.device == "cpu" and f"error {code}" in repr(model)
 
 
+def test_an_interrupted_load(
+    nano: Callable[[str], Path], live: Callable[[], int], used: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bar also counts what is copied to the device; an interrupt there ends the load."""
+    before, told = live(), []
+
+    class Bar:
+        n, total = 0, 0
+
+        def update(self, more: int) -> None:
+            self.n += more
+            if used():
+                told.append((self.n, self.total))
+                raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    dsv4.load(device="cuda", threads=1).close()  # the check before the first load has no bar
+    gc.collect()
+    monkeypatch.setattr(loading, "bar", lambda **_: Bar())
+    with pytest.raises(KeyboardInterrupt):
+        dsv4.load(nano("nano-flash"), device="cuda", threads=1)
+    assert len(told) == 1 and told[0][0] == told[0][1] > 0
+    assert live() <= before
+
+
 def test_memory_of_the_device(
     nano: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, live: Callable[[], int]
 ) -> None:
