@@ -124,8 +124,9 @@ def save(core: _core.Model, key: str, shape: tuple[int, int], chosen: int, proce
             uses //= 2
         _write(uses_file(key), dict(format=FORMAT, model=key, crc32=_checksum(uses),
                                     uses=uses.tolist()))
-    except (OSError, ValueError, RuntimeError, MemoryError, DeviceError,
-            BackendUnavailable) as error:
+    except (DeviceError, BackendUnavailable):
+        return  # the GPU is lost, which its user has been told
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         _warn(f"they could not be kept: {error}")
 
 

@@ -80,7 +80,9 @@ def follow(cpu: dsv4.Model, gpu: dsv4.Model, lengths: tuple[int, ...]) -> None:
         assert x is not None and y is not None and same(x, y)
 
 
-@pytest.mark.parametrize(("kept", "threads"), [(0, 1), (13, 2), (28, 3)])
+@pytest.mark.parametrize(("kept", "threads"), [
+    pytest.param(0, 1, marks=pytest.mark.long), (13, 2),
+    pytest.param(28, 3, marks=pytest.mark.long)])
 def test_any_split(
     cpu: dsv4.Model, nano: Callable[[str], Path], host: ctypes.CDLL, kept: int, threads: int,
 ) -> None:
@@ -98,7 +100,7 @@ def test_any_split(
 
 
 @pytest.mark.parametrize(("name", "kept", "numerics"), [
-    ("nano-base", 5, "official"), ("nano-pro", 3, "weights")])
+    ("nano-base", 5, "official"), pytest.param("nano-pro", 3, "weights", marks=pytest.mark.long)])
 def test_other_formats(
     nano: Callable[[str], Path], name: str, kept: int, numerics: str
 ) -> None:
@@ -263,8 +265,10 @@ def test_a_failing_load_gives_everything_back(
 
 
 @pytest.mark.parametrize(("call", "nth", "code"), [
-    ("send", 2, 1), ("receive", 3, 719), ("event_record", 3, 700), ("event_wait", 4, 700),
-    ("upload", 12, 700), ("experts", 12, 700), ("event_done", 1, 700), ("skip_send", 2, 999),
+    ("send", 2, 1), ("event_wait", 4, 700), ("upload", 12, 700), ("skip_send", 2, 999),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        ("receive", 3, 719), ("event_record", 3, 700), ("experts", 12, 700),
+        ("event_done", 1, 700))),
 ])
 def test_a_failing_step(
     cpu: dsv4.Model, nano: Callable[[str], Path], host: ctypes.CDLL,
