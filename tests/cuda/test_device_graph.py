@@ -71,6 +71,7 @@ def test_sessions_that_come_and_go(cpu: dsv4.Model, gpu: dsv4.Model) -> None:
     ("capture_begin", 901, dsv4.DeviceError, True), ("capture_end", 901, dsv4.DeviceError, True),
     ("capture_end", 2, MemoryError, False), ("graph_launch", 2, MemoryError, False),
     ("graph_launch", 700, dsv4.DeviceError, True), ("experts", 1, dsv4.DeviceError, True),
+    ("gather", 1, dsv4.DeviceError, True), ("download", 719, dsv4.DeviceError, True),
 ])
 def test_a_failing_capture(
     cpu: dsv4.Model, gpu: dsv4.Model, host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch,

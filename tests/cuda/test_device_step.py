@@ -101,7 +101,8 @@ def test_a_failing_step(
 
 @pytest.mark.parametrize(("call", "nth", "code"), [
     ("prepare", 2, 999), ("free_bytes", 2, 999), ("stream_create", 1, 2), ("allocate", 1, 2),
-    ("allocate", 2, 2), ("upload", 1, 700), ("upload", 50, 700), ("synchronize", 1, 719),
+    ("allocate", 2, 2), ("host_allocate", 1, 2), ("host_allocate", 2, 2), ("upload", 1, 700),
+    ("upload", 50, 700), ("synchronize", 1, 719),
 ])
 def test_a_failing_load_gives_everything_back(
     nano: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, live: Callable[[], int],
