@@ -120,7 +120,7 @@ def build(mode: Mode, folder: Path) -> Path:
     sources += [(path, constants["FOLDERS"]["csrc"]) for path in sorted(engine)]
     table = folder / "families.c"
     write_table(table)
-    sources += [(path, []) for path in [HERE / "check.c", table]]
+    sources += [(path, []) for path in [HERE / "check.c", HERE / "memory.c", table]]
     sources += [(HERE / f"check_{name}.c", []) for name in families()]
     common = [*constants["BASE"], *constants["WARN"], *defines]
     common += [f"-I{ROOT}", f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]

@@ -3,6 +3,7 @@
 
     python tests/cuda/build_cuda.py --run [-- arguments]      kernels/cuda/*.cu by g++ over host.h
     python tests/cuda/build_cuda.py --compile [sm_90a ...]    by nvcc; registers against budgets
+    python tests/cuda/build_cuda.py --device [-- arguments]   the built plugin's kernels on a GPU
 
 Without architectures --compile takes those that setup.py builds for; flags and nvcc are setup.py's,
 warnings are errors.
@@ -45,6 +46,7 @@ BUDGETS = {
     "state": (64, 16000),
     "tap": (40, 0),
 }
+DEVICE = HERE / "on_device.c"  # in place of the kernels and of tests/c/memory.c
 # files without kernels
 OTHER = {"plugin"}
 
@@ -67,8 +69,9 @@ def parallel(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]
     return results
 
 
-def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
-    """Compiles the kernels for the CPU with their checks and returns the program."""
+def build(folder: Path, flags: tuple[str, ...] = (), device: bool = False) -> Path:
+    """Compiles the checks and returns the program: with the kernels for the CPU, or, to be run on a
+    device, without any (on_device.c)."""
     table = folder / "families.c"
     names = families()
     table.write_text("\n".join([
@@ -78,11 +81,12 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
         "const struct check_family check_families[] = {",
         *(f'    {{"{name}", check_{name}}},' for name in names), "    {0, 0}};", ""]))
     c_files = [*(ROOT / "kernels" / "cpu").glob("*.c"), *(ROOT / "kernels/cpu/ref").glob("*.c"),
-               ROOT / "tests" / "c" / "check.c", *HERE.glob("*.c"), table,
+               ROOT / "tests" / "c" / "check.c", *HERE.glob("check_*.c"), table,
                ROOT / "csrc" / "core" / "status.c", ROOT / "csrc" / "gen" / "sampler.c"]
     kernels = [p for p in (ROOT / "kernels" / "cuda").glob("*.cu") if p.stem in BUDGETS]
+    on_host = [*kernels, HERE / "host.cpp", ROOT / "tests" / "c" / "memory.c"]
     commands, objects = [], []
-    for source in sorted([*c_files, *kernels, HERE / "host.cpp"]):
+    for source in sorted(c_files) + ([DEVICE] if device else sorted(on_host)):
         objects.append(str(folder / f"{source.name}.o"))
         kind = (["gcc", "-std=c11"] if source.suffix == ".c" else
                 ["g++", "-std=c++17", "-Wno-unknown-pragmas", "-x", "c++"])
@@ -90,7 +94,8 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
                          "-o", objects[-1]])
     parallel(commands)
     program = folder / "checks"
-    parallel([["g++", *objects, *flags, "-pthread", "-lm", "-o", str(program)]])
+    parallel([["g++", *objects, *flags, "-pthread", "-ldl", "-lm", "-o",
+               str(program)]])
     return program
 
 
@@ -144,12 +149,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="check and compile the CUDA kernels")
     parser.add_argument("--run", action="store_true", help="on the CPU against ref")
     parser.add_argument("--compile", nargs="*", metavar="ARCH", help="with nvcc")
+    parser.add_argument("--device", action="store_true", help="on a GPU against ref")
     parser.add_argument("--verbose", action="store_true", help="a line for each kernel")
     parser.add_argument("arguments", nargs="*", help="for the checks: --only, --seed, --list")
     options = parser.parse_args()
     if options.compile is not None:
         compile_all(options.compile, options.verbose)
-    if options.run:
+    if options.run or options.device:
+        from dsv4.devices import PLUGIN
+
         with tempfile.TemporaryDirectory() as scratch:
-            checks = build(Path(scratch))
-            sys.exit(subprocess.run([str(checks), *options.arguments]).returncode)
+            checks = build(Path(scratch), device=options.device)
+            environment = {"CHECK_PLUGIN": str(PLUGIN)} | os.environ
+            sys.exit(subprocess.run([str(checks), *options.arguments], env=environment).returncode)

@@ -11,13 +11,19 @@ void check_state(void);
 
 enum { PIECES = 3, WINDOW = 8, BLOCKS = 3 };
 
-static struct dsv4_cuda_piece pieces[PIECES];
-static struct dsv4_cuda_state states[PIECES], want_states[PIECES];
-static int32_t piece_of[256], positions[256];
+static struct dsv4_cuda_piece *pieces; /* of the pass, like the next three: memory a device sees */
+static struct dsv4_cuda_state *states, want_states[PIECES];
+static int32_t *piece_of, *positions;
+static dsv4_bf16 *pooled_out;
+static const float **pooled[3]; /* rows of k, gate and ape that one entry is of */
 
 /* Sessions with full rings; rows and floats of random bits where a state has none of its own. */
 static struct dsv4_cuda_pass make_pass(int32_t most, size_t kv_row, int32_t slots, int32_t width, int32_t index_width) {
     int32_t n_tok = 0, n_piece = between(1, PIECES);
+    pieces = check_aligned(PIECES * sizeof *pieces, 4);
+    states = check_aligned(PIECES * sizeof *states, 8);
+    piece_of = check_aligned(256 * sizeof *piece_of, 4);
+    positions = check_aligned(256 * sizeof *positions, 4);
     for (int32_t i = 0; i < n_piece; i++) {
         pieces[i] = (struct dsv4_cuda_piece){n_tok, between(1, most), check_below(3) ? between(0, 60) : 0};
         for (int32_t t = 0; t < pieces[i].n; t++) {
@@ -90,7 +96,7 @@ static void ref_entry(uint8_t *out, const struct dsv4_cuda_windows_args *a, int3
     const struct dsv4_cuda_state *s = &want_states[piece];
     const float *old_k = a->index ? s->index_k : s->k, *old_gate = a->index ? s->index_gate : s->gate;
     int32_t n_row = a->ratio * (a->overlap ? 2 : 1), width = a->dim * (a->overlap ? 2 : 1), n_pair = a->d_rope / 2;
-    const float *k[64], *gate[64], *ape[64];
+    const float **k = pooled[0], **gate = pooled[1], **ape = pooled[2];
     float cos[256], sin[256];
     dsv4_bf16 x[2048];
     for (int32_t i = 0; i < n_row; i++) {
@@ -106,7 +112,7 @@ static void ref_entry(uint8_t *out, const struct dsv4_cuda_windows_args *a, int3
     }
     ref()->pool(&(struct dsv4_pool_args){x, k, gate, ape, n_row, a->dim});
     if (e % 3 == 0) { /* the plain pool as well */
-        dsv4_bf16 y[2048];
+        dsv4_bf16 *y = pooled_out;
         RUN(pool, .out = y, .k = k, .gate = gate, .ape = ape, .n_row = n_row, .n = a->dim);
         same("pool", y, x, (size_t)a->dim, 2);
     }
@@ -132,6 +138,9 @@ static void windows(int32_t ratio, int32_t overlap, int32_t dim, int32_t d_rope,
     float *ape = check_aligned(4 * (size_t)(ratio * width), 4), *norm = check_aligned(4 * (size_t)dim, 4);
     float *freq = check_aligned(2 * (size_t)d_rope, 4);
     uint8_t **blocks = check_aligned(PIECES * BLOCKS * sizeof *blocks, 8), *want = malloc(row);
+    pooled_out = check_aligned(2 * (size_t)dim, 2);
+    for (int i = 0; i < 3; i++)
+        pooled[i] = check_aligned(64 * sizeof *pooled[i], 8);
     check_fill_f32(k, n, CHECK_NORMAL);
     check_fill_f32(gate, n, CHECK_NORMAL);
     check_fill_f32(ape, (size_t)(ratio * width), CHECK_NORMAL);

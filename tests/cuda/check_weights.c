@@ -59,8 +59,14 @@ struct dsv4_weight random_weight(const struct weight_case *c, int32_t rows, int3
     for (size_t i = 0; c->format == DSV4_W_FP8 && !nan && i < n; i++)
         if ((data[i] & 0x7f) == 0x7f)
             data[i] ^= 1;
-    struct dsv4_weight w = {.data = data, .rows = rows, .cols = cols, .format = (uint8_t)c->format,
-                            .scale_type = (uint8_t)c->type, .scale_rule = (uint8_t)c->rule};
+    struct dsv4_weight w;
+    memset(&w, 0, sizeof w); /* padding too: on_device.c looks for pointers in it */
+    w.data = data;
+    w.rows = rows;
+    w.cols = cols;
+    w.format = (uint8_t)c->format;
+    w.scale_type = (uint8_t)c->type;
+    w.scale_rule = (uint8_t)c->rule;
     if (c->rule != DSV4_SCALE_NONE) {
         static const size_t size[] = {1, 4, 2};
         size_t blocks = c->format == DSV4_W_FP4 ? n / DSV4_FP4_BLOCK

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from steps import require_device
 
 import dsv4
 from dsv4 import devices
@@ -58,12 +59,27 @@ def host_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What asks the host's plugin nothing is also run on a device, with `-m cuda`."""
+    if "place" in metafunc.fixturenames:
+        host_alone = {"host_plugin", "monkeypatch"} & set(metafunc.fixturenames) or getattr(
+            metafunc.module, "HOST_ALONE", False)
+        device = [] if host_alone else [pytest.param("device", marks=pytest.mark.cuda)]
+        metafunc.parametrize("place", ["host", *device])
+
+
 @pytest.fixture
-def host_device(host_plugin: Path, shared_library: Callable[..., Path],
-                monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's plugin in place of the one that was built."""
-    monkeypatch.setattr(devices, "PLUGIN", host_plugin)
-    monkeypatch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
+def host_device(place: str, request: pytest.FixtureRequest,
+                shared_library: Callable[..., Path]) -> Iterator[None]:
+    """The host's plugin in place of the one that was built; or that one, and a device."""
+    if place == "device":
+        require_device()
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "PLUGIN", request.getfixturevalue("host_plugin"))
+        patch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
+        yield
 
 
 @pytest.fixture

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of steps on the device compare."""
+"""What tests of steps on the device need and compare."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 
 import dsv4
+from dsv4 import devices
+
+
+def require_device() -> None:
+    """Tests that need one fail without it: they were asked for."""
+    state = devices.find().state
+    if state != "ready":
+        pytest.fail(f"no CUDA device can be used: {state}", pytrace=False)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -18,6 +18,7 @@ from steps import assert_same
 import dsv4
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+HOST_ALONE = True  # the consumer reads the device's memory
 IDS = np.random.default_rng(7).integers(0, 256, 600)
 EVERYTHING = dict.fromkeys(
     ("router", "indexer", "streams", "streams_in", "streams_mid", "kv", "heads", "hyper",
