@@ -156,9 +156,12 @@ if __name__ == "__main__":
     if options.compile is not None:
         compile_all(options.compile, options.verbose)
     if options.run or options.device:
-        from dsv4.devices import PLUGIN
+        environment = dict(os.environ)
+        if options.device:
+            sys.path.append(str(ROOT))
+            from dsv4.devices import PLUGIN
 
+            environment.setdefault("CHECK_PLUGIN", str(PLUGIN))
         with tempfile.TemporaryDirectory() as scratch:
             checks = build(Path(scratch), device=options.device)
-            environment = {"CHECK_PLUGIN": str(PLUGIN)} | os.environ
             sys.exit(subprocess.run([str(checks), *options.arguments], env=environment).returncode)
