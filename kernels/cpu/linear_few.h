@@ -2,7 +2,7 @@
 /*
  * Linear layers for few tokens, a template over what the including file defines (linear_units.h):
  * weights are read once; R rows are walked together, adjacent or spaced, with up to GROUP_TOKENS
- * tokens at a time.  A row is taken in one of two ways:
+ * (by lines LINE_TOKENS) at a time.  A row is taken in one of two ways:
  *
  *  - by steps of 32 columns with the functions of linear_units.h: any form, any tail;
  *  - by lines of 64 bytes, FP8_FOLD and FP4_FOLD: the input is packed once per call to what the
@@ -209,12 +209,30 @@ INLINE void few_tile(const struct dsv4_linear_args *a, const enum form form, con
         step_tile(a, form, row, n_row, t0, R, T, walk);
 }
 
-/* Rows [row0, row1) by R, with all tokens, `group` of them at a time: the first group finds the
- * weights in memory, the others in the nearest cache. */
+/* The same for n tokens, at most `group`, which is at most GROUP_TOKENS, by lines LINE_TOKENS. */
+INLINE void few_group(const struct dsv4_linear_args *a, const enum form form, const int lines,
+                      int32_t row, int32_t n_row, int32_t t, int32_t n, const int R,
+                      const int group, const struct walk *walk) {
+    if (lines && group > 5 && n == 6)
+        line_tile(a, form, row, n_row, t, R, 6, walk);
+    else if (lines && group > 4 && n == 5)
+        line_tile(a, form, row, n_row, t, R, 5, walk);
+    else if (group > 3 && n == 4)
+        few_tile(a, form, lines, row, n_row, t, R, 4, walk);
+    else if (group > 2 && n == 3)
+        few_tile(a, form, lines, row, n_row, t, R, 3, walk);
+    else if (group > 1 && n == 2)
+        few_tile(a, form, lines, row, n_row, t, R, 2, walk);
+    else
+        few_tile(a, form, lines, row, n_row, t, R, 1, walk);
+}
+
+/* Rows [row0, row1) by R, with all tokens, in as few groups of at most `group` as can be, of nearly
+ * equal size: the first finds the weights in memory, the others in the nearest cache. */
 INLINE void few_walk(const struct dsv4_linear_args *a, const enum form form, const int lines,
                      int32_t row0, int32_t row1, const int R, const int group, const int spaced,
                      const int ahead) {
-    const int32_t tiles = (row1 - row0 + R - 1) / R;
+    const int32_t tiles = (row1 - row0 + R - 1) / R, groups = (a->n_tok + group - 1) / group;
     const struct walk walk = {.stride = spaced ? tiles : 1,
                               .ahead = (size_t)ahead,
                               .jump = spaced ? 0 : (size_t)(R - 1) * row_bytes(form, a->w->cols)};
@@ -226,16 +244,9 @@ INLINE void few_walk(const struct dsv4_linear_args *a, const enum form form, con
             few_tile(a, form, lines, row, n_row, 0, R, 1, &walk);
             continue;
         }
-        for (int32_t t = 0; t < a->n_tok; t += group) {
-            const int32_t n = a->n_tok - t;
-            if (n >= group)
-                few_tile(a, form, lines, row, n_row, t, R, group, &walk);
-            else if (group > 3 && n == 3)
-                few_tile(a, form, lines, row, n_row, t, R, 3, &walk);
-            else if (group > 2 && n == 2)
-                few_tile(a, form, lines, row, n_row, t, R, 2, &walk);
-            else
-                few_tile(a, form, lines, row, n_row, t, R, 1, &walk);
+        for (int32_t g = 0, t = 0, end; g < groups; g++, t = end) {
+            end = a->n_tok * (g + 1) / groups;
+            few_group(a, form, lines, row, n_row, t, end - t, R, group, &walk);
         }
     }
 }

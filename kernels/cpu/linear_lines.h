@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * R rows of codes on their way by lines of 64 bytes (linear_few.h).  The including file has defined
- * UNITS, GROUP_TOKENS, MAX_ROWS, lanes and seen_line.
+ * UNITS, MAX_ROWS, lanes and seen_line.
  */
 #ifndef DSV4_LINEAR_LINES_H
 #define DSV4_LINEAR_LINES_H
@@ -10,6 +10,8 @@
 
 /* A line holds 128 columns of FP4, four blocks; packed inputs fill whole lines of either format. */
 enum { LINE = 64, LINE_COLUMNS = 2 * LINE };
+/* The most tokens that a set takes at a time by lines. */
+enum { LINE_TOKENS = 6 };
 enum { FP4_BLOCK_BYTES = DSV4_FP4_BLOCK / 2, LINE_BLOCKS = LINE / FP4_BLOCK_BYTES };
 
 struct lines {
@@ -24,7 +26,7 @@ struct lines {
         float each[MAX_ROWS][SPAN_STEPS];
         uint32_t words[MAX_ROWS][SPAN_STEPS];
     };
-    lanes acc[MAX_ROWS][GROUP_TOKENS][UNITS];
+    lanes acc[MAX_ROWS][LINE_TOKENS][UNITS];
 };
 
 INLINE int32_t packed_columns(int32_t cols) {

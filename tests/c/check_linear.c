@@ -207,6 +207,9 @@ void check_linear(void) {
         for (int32_t n_tok = 1; n_tok <= 34; n_tok++)
             check_case(c, (struct shape){3 + n_tok % 30, 96 + 37 * (n_tok % 9), n_tok},
                        (enum check_kind)(n_tok % CHECK_KINDS), 0);
+        for (int32_t n_tok = 2; n_tok <= 33; n_tok++) /* whole lines, groups of every size */
+            check_case(c, (struct shape){1 + n_tok * 11 % 71, 128 * (1 + n_tok * 5 % 7), n_tok},
+                       (enum check_kind)(n_tok % CHECK_KINDS), n_tok % 8 == 0);
         for (size_t j = 0; j < sizeof v4 / sizeof v4[0]; j++)
             check_case(c, v4[j], j % 2 ? CHECK_SPREAD : CHECK_NORMAL, 0);
         check_case(c, (struct shape){150, 300, 2}, CHECK_NORMAL, 1);

@@ -9,7 +9,8 @@
 #include "cpu/linear_forms.h"
 
 enum { UNITS = 2, MAX_ROWS = 4, GROUP_TOKENS = 4, GROUP_ROWS = 1, BLOCK_ROWS = 1 };
-enum { LINE_ROWS_FP8 = 1, LINE_TOKENS_FP8 = 4, LINE_ROWS_FP4 = 2, LINE_TOKENS_FP4 = 2 };
+enum { LINE_ROWS_FP8 = 1, LINE_TOKENS_FP8 = 4 };
+enum { LINE_ROWS_FP4 = 2, LINE_TOKENS_FP4 = 2 };
 enum { FEW_FP8 = 0, FEW_FP4 = 0, FEW_BF16 = 0 };
 enum { TILE_ROWS = 2, TILE_TOKENS = 5, OPERAND_BYTES = 64 };
 

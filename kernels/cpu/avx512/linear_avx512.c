@@ -198,6 +198,7 @@ INLINE void line_fp4(struct lines *s, size_t at, const int R, const int T) {
         }
 }
 
+enum { LINE_TOKENS_FP8 = 4, LINE_TOKENS_FP4 = 4 };
 #define LINEAR_SET avx512
 #define F32_OPERANDS 1
 #include "cpu/linear_entries.h"

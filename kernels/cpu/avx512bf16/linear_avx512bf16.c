@@ -260,6 +260,7 @@ INLINE void line_fp4(struct lines *s, size_t at, const int R, const int T) {
     }
 }
 
+enum { LINE_TOKENS_FP8 = 5, LINE_TOKENS_FP4 = 6 };
 #define LINEAR_SET avx512bf16
 #define F32_OPERANDS 0
 #include "cpu/linear_entries.h"
