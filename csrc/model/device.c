@@ -205,12 +205,13 @@ static void all_weights(struct placing *p) {
 
 /* ------------------------------------------------------------------------------------------------------------- buffers */
 
-/* Tickets of the launch that needs most: experts for few tokens. */
+/* Enough for any launch: what each of them needs at most, and more. */
 static size_t most_tickets(const struct dsv4_config *c) {
     size_t tiles = DSV4_CUDA_FEW_TILE * ((size_t)c->num_experts_per_tok + 1);
     size_t down = ((size_t)c->hidden_size + 15) / 16, up = tiles * (((size_t)c->moe_intermediate_size + 127) / 128);
     size_t low = (size_t)c->o_groups * (size_t)c->o_lora_rank / 128 + 1;
-    return down + up + low;
+    size_t heads = (size_t)c->num_attention_heads + (size_t)c->index_n_heads;
+    return down + up + low + heads + DSV4_CUDA_FEW_TILE + 1;
 }
 
 static void all_buffers(struct placing *p) {
@@ -235,6 +236,7 @@ static void all_buffers(struct placing *p) {
     TAKE(u_plain, n * d);
     TAKE(y, n * d);
     TAKE(dots, n * mixes);
+    TAKE(squares, DSV4_CUDA_FEW_TILE);
     TAKE(post, n * hc);
     TAKE(comb, n * hc * hc);
     TAKE(cos_main, n * pairs);

@@ -34,7 +34,7 @@ struct dsv4_device_buffers {
     int32_t *tickets;               /* zeros between launches (launches.h) */
     int32_t *tok;
     dsv4_bf16 *streams, *u, *u_quant, *u_plain, *y;
-    float *dots, *post, *comb;
+    float *dots, *squares, *post, *comb;
     float *cos_main, *sin_main, *cos_comp, *sin_comp;
     dsv4_bf16 *qa, *qr_quant, *kv_raw, *q, *o, *z, *z_quant;
     uint8_t *kv_rows, *index_q_rows;

@@ -24,12 +24,14 @@ static dsv4_status collapse(const run *r, const struct dsv4_hyper *h, const floa
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t mixes = (2 + c->hc_mult) * c->hc_mult;
     int official = r->d->model->options.numerics == DSV4_OFFICIAL;
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n,
+    struct dsv4_cuda_collapse_args collapse = {
+        .x = b->u, .quant = official ? b->u_quant : NULL, .plain = b->u_plain, .post = b->post, .comb = b->comb, .pre = pre,
+        .streams = b->streams, .dots = b->dots, .squares = b->squares, .scale = h->scale, .base = h->base, .norm = norm,
+        .n_tok = r->n, .hc = c->hc_mult, .d_model = c->hidden_size, .sinkhorn_iters = c->hc_sinkhorn_iters,
+        .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps, .rms_eps = c->rms_norm_eps,
+    };
+    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .tickets = b->tickets, .collapse = &collapse,
            .jobs = {dsv4_linear_job(&h->fn, b->streams, b->dots, (ptrdiff_t)c->hc_mult * c->hidden_size, mixes, 1)});
-    LAUNCH(r, collapse, .x = b->u, .quant = official ? b->u_quant : NULL, .plain = b->u_plain, .post = b->post,
-           .comb = b->comb, .pre = pre, .streams = b->streams, .dots = b->dots, .scale = h->scale, .base = h->base,
-           .norm = norm, .n_tok = r->n, .hc = c->hc_mult, .d_model = c->hidden_size, .sinkhorn_iters = c->hc_sinkhorn_iters,
-           .norm_eps = c->rms_norm_eps, .hc_eps = c->hc_eps, .rms_eps = c->rms_norm_eps);
     return DSV4_OK;
 }
 
@@ -49,7 +51,11 @@ static dsv4_status project_input(const run *r, const struct dsv4_layer *l, int s
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     ptrdiff_t d = c->hidden_size;
-    struct dsv4_cuda_linear_args a = {.n_tok = r->n};
+    int quant = dsv4_rounds_input(r->d->model, &l->wq_b);
+    struct dsv4_cuda_rmsnorm_args norm = {.quant = quant ? b->qr_quant : NULL, .plain = quant ? NULL : b->qr_quant,
+                                          .x = b->qa, .w = l->q_norm, .n_row = r->n, .n = c->q_lora_rank,
+                                          .eps = c->rms_norm_eps};
+    struct dsv4_cuda_linear_args a = {.n_tok = r->n, .tickets = b->tickets, .norm = &norm};
     a.jobs[a.n_job++] = dsv4_linear_job(&l->wq_a, input_of(r, &l->wq_a), b->qa, d, c->q_lora_rank, 0);
     a.jobs[a.n_job++] = dsv4_linear_job(&l->wkv, input_of(r, &l->wkv), b->kv_raw, d, c->head_dim, 0);
     if (l->kind != DSV4_SWA) {
@@ -73,49 +79,42 @@ static int32_t most_windows(const run *r, int32_t ratio) {
     return n < r->shape.n_tok ? n : r->shape.n_tok;
 }
 
-static dsv4_status close_windows(const run *r, const struct dsv4_layer *l, int32_t layer, int index) {
+static struct dsv4_cuda_windows_args windows_of(const run *r, const struct dsv4_layer *l, int32_t layer, int index) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     const struct dsv4_compressor *m = index ? &l->index_compressor : &l->compressor;
-    LAUNCH(r, windows, .pass = r->pass, .new_k = index ? b->icomp_k : b->comp_k,
-           .new_gate = index ? b->icomp_gate : b->comp_gate, .ape = m->ape, .norm = m->norm, .freq = r->d->freq_compressed,
-           .ratio = m->ratio, .overlap = m->overlap, .dim = m->dim, .d_rope = c->qk_rope_head_dim,
-           .slots = r->d->model->state[layer].rows, .index = index, .max_window = most_windows(r, m->ratio),
-           .format = r->d->model->kv_format, .eps = c->rms_norm_eps);
-    return DSV4_OK;
+    return (struct dsv4_cuda_windows_args){
+        .pass = r->pass, .new_k = index ? b->icomp_k : b->comp_k, .new_gate = index ? b->icomp_gate : b->comp_gate,
+        .ape = m->ape, .norm = m->norm, .freq = r->d->freq_compressed, .ratio = m->ratio, .overlap = m->overlap,
+        .dim = m->dim, .d_rope = c->qk_rope_head_dim, .slots = r->d->model->state[layer].rows, .index = index,
+        .max_window = most_windows(r, m->ratio), .format = r->d->model->kv_format, .eps = c->rms_norm_eps,
+    };
 }
 
-static dsv4_status norm_and_store(const run *r, const struct dsv4_layer *l, int32_t layer, const float *cos,
-                                  const float *sin) {
-    const struct dsv4_config *c = config_of(r);
-    const struct dsv4_device_buffers *b = &r->d->b;
-    LAUNCH(r, norm_kv, .qr_operand = b->qr_quant, .kv_rows = b->kv_rows, .qa = b->qa, .kv = b->kv_raw, .q_norm = l->q_norm,
-           .kv_norm = l->kv_norm, .cos = cos, .sin = sin, .n_tok = r->n, .q_lora = c->q_lora_rank, .d_head = c->head_dim,
-           .d_rope = c->qk_rope_head_dim, .quant = dsv4_rounds_input(r->d->model, &l->wq_b),
-           .format = r->d->model->kv_format, .eps = c->rms_norm_eps);
-    if (l->kind != DSV4_SWA)
-        DSV4_TRY(close_windows(r, l, layer, 0));
-    if (l->kind == DSV4_CSA)
-        DSV4_TRY(close_windows(r, l, layer, 1));
-    return DSV4_OK;
-}
-
-static dsv4_status make_queries(const run *r, const struct dsv4_layer *l, int scored, const float *cos,
+/* Queries and index queries; beside them what the other projections of the input are for: KV rows, windows that close. */
+static dsv4_status make_queries(const run *r, const struct dsv4_layer *l, int32_t layer, int scored, const float *cos,
                                 const float *sin) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t heads = c->num_attention_heads, pairs = c->qk_rope_head_dim / 2, iq = c->index_n_heads, id = c->index_head_dim;
-    struct dsv4_cuda_linear_args a = {.n_tok = r->n};
+    struct dsv4_cuda_norm_kv_args kv = {.kv_rows = b->kv_rows, .kv = b->kv_raw, .kv_norm = l->kv_norm, .cos = cos,
+                                        .sin = sin, .n_tok = r->n, .d_head = c->head_dim, .d_rope = c->qk_rope_head_dim,
+                                        .format = r->d->model->kv_format, .eps = c->rms_norm_eps};
+    struct dsv4_cuda_windows_args windows[2];
+    struct dsv4_cuda_headnorm_args norm = {.x = b->q, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = c->head_dim,
+                                           .per_tok = heads, .n_pair = pairs, .eps = c->rms_norm_eps};
+    struct dsv4_cuda_index_args index = {.rows = b->index_q_rows, .x = b->index_q, .cos = cos, .sin = sin,
+                                         .n_row = r->n * iq, .n = id, .per_tok = iq, .n_pair = pairs, .hadamard = 1};
+    struct dsv4_cuda_linear_args a = {.n_tok = r->n, .tickets = b->tickets, .headnorm = &norm,
+                                      .index = scored ? &index : NULL, .kv = &kv};
+    for (int i = 0; i < (l->kind == DSV4_CSA ? 2 : l->kind == DSV4_HCA ? 1 : 0); i++) {
+        windows[i] = windows_of(r, l, layer, i);
+        a.windows[i] = &windows[i];
+    }
     a.jobs[a.n_job++] = dsv4_linear_job(&l->wq_b, b->qr_quant, b->q, c->q_lora_rank, (ptrdiff_t)heads * c->head_dim, 0);
     if (scored)
         a.jobs[a.n_job++] = dsv4_linear_job(&l->index_wq_b, b->qr_quant, b->index_q, c->q_lora_rank, (ptrdiff_t)iq * id, 0);
-    DSV4_TRY(dsv4_device_status(r->d, r->launches->linear(&a, r->d->stream), "linear", r->err));
-    LAUNCH(r, headnorm, .x = b->q, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = c->head_dim, .per_tok = heads,
-           .n_pair = pairs, .eps = c->rms_norm_eps);
-    if (scored)
-        LAUNCH(r, index, .rows = b->index_q_rows, .x = b->index_q, .cos = cos, .sin = sin, .n_row = r->n * iq, .n = id,
-               .per_tok = iq, .n_pair = pairs, .hadamard = 1);
-    return DSV4_OK;
+    return dsv4_device_status(r->d, r->launches->linear(&a, r->d->stream), "linear", r->err);
 }
 
 /* The tokens from t on, as a pass of their own: pieces still count in the whole pass. */
@@ -229,18 +228,20 @@ static dsv4_status attend(run *r, const struct dsv4_layer *l, int32_t layer, con
     return DSV4_OK;
 }
 
-static dsv4_status keep_state(const run *r, const struct dsv4_layer *l, int32_t layer) {
+/* What the next pass needs of this one: after attention, which reads what it overwrites. */
+static struct dsv4_cuda_keep_args keep_of(const run *r, const struct dsv4_layer *l, int32_t layer) {
     const struct dsv4_device_buffers *b = &r->d->b;
     int compressed = l->kind != DSV4_SWA, csa = l->kind == DSV4_CSA;
-    LAUNCH(r, keep, .pass = r->pass, .kv_rows = b->kv_rows, .k = compressed ? b->comp_k : NULL,
-           .gate = compressed ? b->comp_gate : NULL, .index_k = csa ? b->icomp_k : NULL,
-           .index_gate = csa ? b->icomp_gate : NULL, .window = config_of(r)->sliding_window,
-           .slots = r->d->model->state[layer].rows, .width = compressed ? l->compressor.wkv.rows : 0,
-           .index_width = csa ? l->index_compressor.wkv.rows : 0, .kv_row = r->d->model->kv_row);
-    return DSV4_OK;
+    return (struct dsv4_cuda_keep_args){
+        .pass = r->pass, .kv_rows = b->kv_rows, .k = compressed ? b->comp_k : NULL, .gate = compressed ? b->comp_gate : NULL,
+        .index_k = csa ? b->icomp_k : NULL, .index_gate = csa ? b->icomp_gate : NULL,
+        .window = config_of(r)->sliding_window, .slots = r->d->model->state[layer].rows,
+        .width = compressed ? l->compressor.wkv.rows : 0, .index_width = csa ? l->index_compressor.wkv.rows : 0,
+        .kv_row = r->d->model->kv_row,
+    };
 }
 
-static dsv4_status project_output(const run *r, const struct dsv4_layer *l) {
+static dsv4_status project_output(const run *r, const struct dsv4_layer *l, int32_t layer) {
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t low = c->o_groups * c->o_lora_rank;
@@ -251,7 +252,8 @@ static dsv4_status project_output(const run *r, const struct dsv4_layer *l) {
     struct dsv4_cuda_act_args act = {.out = b->z_quant, .x = b->z, .n_row = r->n, .n = low,
                                      .quant = dsv4_rounds_input(r->d->model, &l->wo_b)};
     struct dsv4_cuda_spread_args spread = spread_of(r);
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {wo_a}, .tickets = b->tickets, .act = &act);
+    struct dsv4_cuda_keep_args keep = keep_of(r, l, layer);
+    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .jobs = {wo_a}, .tickets = b->tickets, .act = &act, .keep = &keep);
     LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .tickets = b->tickets, .spread = &spread,
            .jobs = {dsv4_linear_job(&l->wo_b, b->z_quant, b->y, low, c->hidden_size, 0)});
     return DSV4_OK;
@@ -263,13 +265,11 @@ static dsv4_status attention(run *r, const struct dsv4_layer *l, int32_t layer) 
     const float *sin = l->kind == DSV4_SWA ? b->sin_main : b->sin_comp;
     int scored = dsv4_device_scored(r, l);
     DSV4_TRY(project_input(r, l, scored));
-    DSV4_TRY(norm_and_store(r, l, layer, cos, sin));
-    DSV4_TRY(make_queries(r, l, scored, cos, sin));
+    DSV4_TRY(make_queries(r, l, layer, scored, cos, sin));
     if (l->kind == DSV4_CSA)
         DSV4_TRY(choose_entries(r, l, layer, scored));
     DSV4_TRY(attend(r, l, layer, cos, sin));
-    DSV4_TRY(keep_state(r, l, layer));
-    return project_output(r, l);
+    return project_output(r, l, layer);
 }
 
 /* ----------------------------------------------------------------------------------------------------------------- MoE */
@@ -286,15 +286,18 @@ static dsv4_status route(const run *r, const struct dsv4_device_layer *dl, int32
     const struct dsv4_config *c = config_of(r);
     const struct dsv4_device_buffers *b = &r->d->b;
     int32_t n_exp = c->n_routed_experts, top_k = c->num_experts_per_tok;
-    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n,
+    struct dsv4_cuda_router_args router = {
+        .ids = b->expert_ids, .weights = b->expert_weights, .scores = b->router_scores, .logits = b->router_logits,
+        .bias = l->gate_bias, .table = l->tid2eid, .tokens = b->ids, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k,
+        .table_bytes = l->tid2eid_bytes, .route_scale = c->routed_scaling_factor,
+    };
+    struct dsv4_cuda_group_args group = {
+        .group_first = b->group_first, .row_tok = b->row_tok, .row_weight = b->row_weight, .tok_rows = b->tok_rows,
+        .tiles = b->tiles, .n_tile = b->n_tile, .uses = dsv4_beside_uses(r->d, layer), .ids = b->expert_ids,
+        .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k, .tile_tok = tile_rows(r, dl),
+    };
+    LAUNCH(r, linear, .n_job = 1, .n_tok = r->n, .tickets = b->tickets, .router = &router, .group = &group,
            .jobs = {dsv4_linear_job(&l->gate, b->u_plain, b->router_logits, c->hidden_size, n_exp, 1)});
-    LAUNCH(r, router, .ids = b->expert_ids, .weights = b->expert_weights, .scores = b->router_scores,
-           .logits = b->router_logits, .bias = l->gate_bias, .table = l->tid2eid, .tokens = b->ids, .n_tok = r->n,
-           .n_exp = n_exp, .top_k = top_k, .table_bytes = l->tid2eid_bytes, .route_scale = c->routed_scaling_factor);
-    LAUNCH(r, group, .group_first = b->group_first, .row_tok = b->row_tok, .row_weight = b->row_weight,
-           .tok_rows = b->tok_rows, .tiles = b->tiles, .n_tile = b->n_tile, .uses = dsv4_beside_uses(r->d, layer),
-           .ids = b->expert_ids, .weights = b->expert_weights, .n_tok = r->n, .n_exp = n_exp, .top_k = top_k,
-           .tile_tok = tile_rows(r, dl));
     return DSV4_OK;
 }
 

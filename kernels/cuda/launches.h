@@ -45,19 +45,29 @@ struct dsv4_cuda_linear_job {
 };
 
 /*
- * Several layers over the same tokens, of any formats, in one launch; and at most one thing that is then done with what
- * job 0 made, by the args of its own launch (NULL: nothing).  The bits are those of one launch after the other.  With up to
- * DSV4_CUDA_FEW_TILE tokens all of it is one kernel, in which whoever makes the last result of a part goes on with it; with
- * more tokens these are launches.
+ * Several layers over the same tokens, of any formats, in one launch.  Then, by the args of their own launches (NULL:
+ * nothing), what follows: one of the lines below, on what job 0 made; and what stands beside it: operations that read
+ * nothing of this launch and write nothing that is read in it.  The bits are those of one launch after the other.  With up
+ * to DSV4_CUDA_FEW_TILE tokens all of it is one kernel, in which whoever makes the last result of a part goes on with it;
+ * with more tokens these are launches.
  */
 struct dsv4_cuda_linear_args {
     struct dsv4_cuda_linear_job jobs[DSV4_CUDA_JOBS];
     const int32_t *tok; /* [n_tok] or NULL */
     int32_t n_job, n_tok;
     int32_t tensor_cores;
-    int32_t *tickets;   /* zeros before and after: one per 128 rows (act) */
+    int32_t *tickets;   /* zeros before and after: one per 128 rows for act, per head, per token and one more, or one */
     const struct dsv4_cuda_act_args *act;
     const struct dsv4_cuda_spread_args *spread;
+    const struct dsv4_cuda_collapse_args *collapse;  /* one job, whose x are the streams; squares not NULL */
+    const struct dsv4_cuda_router_args *router;      /* one job; then group, of all tokens */
+    const struct dsv4_cuda_group_args *group;
+    const struct dsv4_cuda_rmsnorm_args *norm;
+    const struct dsv4_cuda_headnorm_args *headnorm;  /* per_tok rows of a token; then index of what job 1 made, or NULL */
+    const struct dsv4_cuda_index_args *index;
+    const struct dsv4_cuda_norm_kv_args *kv;         /* beside, like the next two */
+    const struct dsv4_cuda_windows_args *windows[2];
+    const struct dsv4_cuda_keep_args *keep;
 };
 
 /* `linear` with tensor_cores. */
@@ -172,6 +182,7 @@ struct dsv4_cuda_collapse_args {
     const dsv4_bf16 *streams; /* row t at t * hc * d_model, or tok[t] * hc * d_model */
     const int32_t *tok;       /* or NULL */
     const float *dots;        /* [n_tok][(2 + hc) hc], or [n_tok][hc] for the head */
+    float *squares;           /* [DSV4_CUDA_FEW_TILE] for `linear`, which makes the streams' squares beside dots; or NULL */
     const float *scale, *base;
     const float *norm;        /* [d_model] or NULL */
     int32_t n_tok, hc, d_model, sinkhorn_iters;
@@ -211,14 +222,13 @@ struct dsv4_cuda_pass {
     int32_t n_piece, n_tok;
 };
 
-/* From the raw projections: qr (rmsnorm of qa), qr as operand, and the KV rows (rmsnorm, rope, kv_store). */
+/* KV rows from their projection: rmsnorm, rope, kv_store. */
 struct dsv4_cuda_norm_kv_args {
-    dsv4_bf16 *qr, *qr_operand; /* [n_tok][q_lora]; qr may be NULL */
-    uint8_t *kv_rows;           /* [n_tok][kv row bytes] */
-    const dsv4_bf16 *qa, *kv;   /* [n_tok][q_lora], [n_tok][d_head] */
-    const float *q_norm, *kv_norm;
-    const float *cos, *sin;     /* [n_tok][d_rope / 2] */
-    int32_t n_tok, q_lora, d_head, d_rope, quant; /* d_head <= 2048; quant: the operand is act_quant, else act_flush */
+    uint8_t *kv_rows;       /* [n_tok][kv row bytes] */
+    const dsv4_bf16 *kv;    /* [n_tok][d_head] */
+    const float *kv_norm;
+    const float *cos, *sin; /* [n_tok][d_rope / 2] */
+    int32_t n_tok, d_head, d_rope; /* d_head <= 2048 */
     enum dsv4_kv_format format;
     float eps;
 };

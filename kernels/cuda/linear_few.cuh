@@ -9,7 +9,7 @@
 #include "weights.cuh"
 
 enum { FEW_THREADS = 128, FEW_WARPS = FEW_THREADS / 32, FEW_ROWS = 16, FEW_EACH = 2, FEW_STAGES = 4,
-       FEW_BYTES = 8192, FEW_PAD = 32, FEW_COLS = 1024 };
+       FEW_BYTES = 8192, FEW_PAD = 32, FEW_COLS = 1024, FEW_BLOCKS = 256 };
 
 // The bytes of all rows in a stage; a row is followed by 32 of padding: rows 2 apart, as two halves of a warp read them,
 // lie 16 banks apart.  x: of one token.

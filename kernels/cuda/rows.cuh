@@ -115,28 +115,103 @@ DSV4_DEVICE uint8_t warp_act_quant(dsv4_bf16 *h, uint8_t *codes) {
     return scale;
 }
 
+// Values at ... at + 4 of n, +0 behind the end.
+DSV4_DEVICE void load_four(dsv4_bf16 *h, const dsv4_bf16 *x, int32_t at, int32_t n) {
+    if (at + 4 <= n && (uintptr_t)(x + at) % 8 == 0) {
+        memcpy(h, __builtin_assume_aligned(x + at, 8), 4 * sizeof *h);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        h[i] = at + i < n ? x[at + i] : (dsv4_bf16)0;
+}
+
+// rmsnorm of one group of 128 of a row by a warp, four values a lane, and the operands made of it; any output may be NULL.
+DSV4_DEVICE void warp_norm_group(dsv4_bf16 *out, dsv4_bf16 *quant, dsv4_bf16 *plain, const dsv4_bf16 *in, const float *w,
+                                 int32_t at, int32_t n, float r) {
+    dsv4_bf16 h[4];
+    uint8_t codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        h[i] = at + i < n ? dsv4_f32_to_bf16(w[i] * (dsv4_bf16_to_f32(in[i]) * r)) : (dsv4_bf16)0;
+        if (out && at + i < n)
+            out[at + i] = h[i];
+        if (plain && at + i < n)
+            plain[at + i] = dsv4_bf16_operand(h[i]);
+    }
+    if (quant) {
+        warp_act_quant(h, codes);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (at + i < n)
+                quant[at + i] = h[i];
+    }
+}
+
 // rmsnorm of a row by all warps of a block, and the operands made of it; any output may be NULL, `out` may be x.
 DSV4_DEVICE void block_norm_operands(dsv4_bf16 *out, dsv4_bf16 *quant, dsv4_bf16 *plain, const dsv4_bf16 *x,
                                      const float *w, int32_t n, float r) {
     int32_t warp = (int32_t)threadIdx.x / 32, lane = (int32_t)threadIdx.x % 32;
     for (int32_t first = warp * DSV4_ACT_GROUP; first < n; first += block_warps() * DSV4_ACT_GROUP) {
         int32_t at = first + 4 * lane;
-        dsv4_bf16 h[4];
-        uint8_t codes[4];
+        dsv4_bf16 in[4];
+        float own[4];
+        load_four(in, x, at, n);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            h[i] = at + i < n ? dsv4_f32_to_bf16(w[at + i] * (dsv4_bf16_to_f32(x[at + i]) * r)) : (dsv4_bf16)0;
-            if (out && at + i < n)
-                out[at + i] = h[i];
-            if (plain && at + i < n)
-                plain[at + i] = dsv4_bf16_operand(h[i]);
+        for (int i = 0; i < 4; i++)
+            own[i] = at + i < n ? w[at + i] : 0.0f;
+        warp_norm_group(out, quant, plain, in, own, at, n, r);
+    }
+}
+
+enum { NORM_ROWS = DSV4_CUDA_FEW_TILE, NORM_COLS = 2048 };
+
+struct norm_rows_work {
+    uint4 staged[NORM_ROWS][NORM_COLS / 8];
+    float r[NORM_ROWS];
+};
+
+// Up to NORM_ROWS rows of `rmsnorm` at once, by a block of 16 threads for each: a half warp makes the sum of a row.
+DSV4_DEVICE void block_norm_rows(struct norm_rows_work &s, const struct dsv4_cuda_rmsnorm_args &a) {
+    int32_t i = (int32_t)threadIdx.x, row = i / 16;
+    float sum = 0.0f;
+    for (int32_t first = 0; first < a.n; first += NORM_COLS) {
+        int32_t steps = a.n - first < NORM_COLS ? (a.n - first + 31) / 32 : NORM_COLS / 32;
+#pragma unroll 4
+        for (int32_t e = i; e < 4 * steps * a.n_row; e += block_threads())
+            s.staged[e / (4 * steps)][e % (4 * steps)] =
+                eight_operands(a.x + (int64_t)(e / (4 * steps)) * a.n, first + 8 * (e % (4 * steps)), a.n);
+        __syncthreads();
+        const dsv4_word32 *pairs = (const dsv4_word32 *)s.staged[row] + i % 16;
+#pragma unroll 8
+        for (int32_t k = 0; row < a.n_row && k < steps; k++) {
+            float odd = dsv4_high_bf16(pairs[16 * k]), even = dsv4_low_bf16(pairs[16 * k]);
+            sum = dsv4_mad(odd, odd, sum);
+            sum = dsv4_mad(even, even, sum);
         }
-        if (quant) {
-            warp_act_quant(h, codes);
+        __syncthreads();
+    }
+    sum = dsv4_lane_tree(sum);
+    if (i % 16 == 0 && row < a.n_row)
+        s.r[row] = dsv4_rsqrtf(sum / (float)a.n + a.eps);
+    __syncthreads();
+    for (int32_t first = i / 32 * DSV4_ACT_GROUP; first < a.n; first += block_warps() * DSV4_ACT_GROUP) {
+        int32_t at = first + 4 * (i % 32);
+        dsv4_bf16 in[NORM_ROWS][4];
+        float own[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (at + i < n)
-                    quant[at + i] = h[i];
+        for (int k = 0; k < 4; k++)
+            own[k] = at + k < a.n ? a.w[at + k] : 0.0f;
+#pragma unroll
+        for (int k = 0; k < NORM_ROWS; k++) // all are under way before the first is used
+            if (k < a.n_row)
+                load_four(in[k], a.x + (int64_t)k * a.n, at, a.n);
+#pragma unroll
+        for (int k = 0; k < NORM_ROWS; k++) {
+            int64_t to = (int64_t)k * a.n;
+            if (k < a.n_row)
+                warp_norm_group(a.out ? a.out + to : NULL, a.quant ? a.quant + to : NULL, a.plain ? a.plain + to : NULL,
+                                in[k], own, at, a.n, s.r[k]);
         }
     }
 }

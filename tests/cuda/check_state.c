@@ -53,40 +53,25 @@ static struct dsv4_cuda_pass make_pass(int32_t most, size_t kv_row, int32_t slot
     return (struct dsv4_cuda_pass){pieces, states, piece_of, positions, n_piece, n_tok};
 }
 
-static void norm_kv(int32_t n_tok, int32_t q_lora, int32_t nope, int32_t rope, int quant, enum dsv4_kv_format f) {
+static void norm_kv(int32_t n_tok, int32_t nope, int32_t rope, enum dsv4_kv_format f) {
     int32_t d = nope + rope;
-    size_t nq = (size_t)(n_tok * q_lora), row = dsv4_kv_row_bytes(f, d, rope), angles = (size_t)(n_tok * rope / 2);
-    dsv4_bf16 *qa = check_aligned(2 * nq, 2), *kv = check_aligned(2 * (size_t)(n_tok * d), 2), *qr[2], *op[2];
-    uint8_t *rows[2];
-    float *w[2] = {check_aligned(4 * (size_t)q_lora, 4), check_aligned(4 * (size_t)d, 4)};
-    float *cos = check_aligned(4 * angles, 4), *sin = check_aligned(4 * angles, 4);
-    for (int i = 0; i < 2; i++) {
-        qr[i] = check_aligned(2 * nq, 2);
-        op[i] = check_aligned(2 * nq, 2);
-        rows[i] = check_aligned((size_t)n_tok * row, 2);
-        check_fill_f32(w[i], (size_t)(i ? d : q_lora), CHECK_NORMAL);
-    }
-    check_fill_bf16(qa, nq, CHECK_NORMAL);
+    size_t row = dsv4_kv_row_bytes(f, d, rope), angles = (size_t)(n_tok * rope / 2);
+    dsv4_bf16 *kv = check_aligned(2 * (size_t)(n_tok * d), 2);
+    uint8_t *rows[2] = {check_aligned((size_t)n_tok * row, 2), check_aligned((size_t)n_tok * row, 2)};
+    float *w = check_aligned(4 * (size_t)d, 4), *cos = check_aligned(4 * angles, 4), *sin = check_aligned(4 * angles, 4);
+    check_fill_f32(w, (size_t)d, CHECK_NORMAL);
     check_fill_bf16(kv, (size_t)(n_tok * d), CHECK_NORMAL);
     check_fill_f32(cos, angles, CHECK_NORMAL);
     check_fill_f32(sin, angles, CHECK_NORMAL);
-    RUN(norm_kv, .qr = qr[1], .qr_operand = op[1], .kv_rows = rows[1], .qa = qa, .kv = kv, .q_norm = w[0],
-        .kv_norm = w[1], .cos = cos, .sin = sin, .n_tok = n_tok, .q_lora = q_lora, .d_head = d, .d_rope = rope,
-        .quant = quant, .format = f, .eps = 1e-6f);
+    RUN(norm_kv, .kv_rows = rows[1], .kv = kv, .kv_norm = w, .cos = cos, .sin = sin, .n_tok = n_tok, .d_head = d,
+        .d_rope = rope, .format = f, .eps = 1e-6f);
     for (int32_t t = 0; t < n_tok; t++) {
-        dsv4_bf16 *x = kv + t * d, *to = op[0] + t * q_lora;
-        ref()->rmsnorm(qr[0] + t * q_lora, qa + t * q_lora, w[0], q_lora, 1e-6f);
-        if (quant)
-            ref()->act_quant(to, NULL, NULL, qr[0] + t * q_lora, q_lora);
-        else
-            ref()->act_flush(to, qr[0] + t * q_lora, q_lora);
-        ref()->rmsnorm(x, x, w[1], d, 1e-6f);
+        dsv4_bf16 *x = kv + t * d;
+        ref()->rmsnorm(x, x, w, d, 1e-6f);
         ref()->rope(x + nope, cos + t * rope / 2, sin + t * rope / 2, rope / 2, 0);
         ref()->kv_store(rows[0] + (size_t)t * row, x, f, d, rope);
     }
-    same("norm_kv qr", qr[1], qr[0], nq, 2);
-    same("norm_kv operand", op[1], op[0], nq, 2);
-    same("norm_kv rows", rows[1], rows[0], (size_t)n_tok * row, 1);
+    same("norm_kv", rows[1], rows[0], (size_t)n_tok * row, 1);
     check_reset();
 }
 
@@ -254,8 +239,7 @@ static void keys(int kind) { /* 0 window alone, 1 all entries, 2 selected ones *
 
 void check_state(void) {
     for (int i = 0; i < 24; i++) {
-        norm_kv(between(1, 3), between(1, 500), 64 * between(0, 4), 2 * between(1, 32), i % 2,
-                i % 3 ? DSV4_KV_FP8 : DSV4_KV_BF16);
+        norm_kv(between(1, 3), 64 * between(0, 4), 2 * between(1, 32), i % 3 ? DSV4_KV_FP8 : DSV4_KV_BF16);
         windows(between(1, 6), i % 2, 64 * between(1, 4) + 32, 32, 0);
         windows(between(1, 5), 1, 32 << check_below(4), 2 * between(1, 16), 1);
         keep(between(1, 9), between(1, 300), between(1, 40));
