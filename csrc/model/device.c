@@ -206,12 +206,13 @@ static void all_weights(struct placing *p) {
 /* ------------------------------------------------------------------------------------------------------------- buffers */
 
 /* Enough for any launch: what each of them needs at most, and more. */
-static size_t most_tickets(const struct dsv4_config *c) {
-    size_t tiles = DSV4_CUDA_FEW_TILE * ((size_t)c->num_experts_per_tok + 1);
+static size_t most_tickets(const dsv4_model *m) {
+    const struct dsv4_config *c = &m->config;
+    size_t tiles = DSV4_CUDA_FEW_TILE * ((size_t)c->num_experts_per_tok + 1), n = (size_t)m->options.chunk_tok;
     size_t down = ((size_t)c->hidden_size + 15) / 16, up = tiles * (((size_t)c->moe_intermediate_size + 127) / 128);
     size_t low = (size_t)c->o_groups * (size_t)c->o_lora_rank / 128 + 1;
     size_t heads = (size_t)c->num_attention_heads + (size_t)c->index_n_heads;
-    return down + up + low + heads + DSV4_CUDA_FEW_TILE + 1;
+    return down + up + low + heads + n + DSV4_CUDA_FEW_TILE + DSV4_CUDA_ATTENTION_TICKETS(n, c->num_attention_heads);
 }
 
 static void all_buffers(struct placing *p) {
@@ -229,7 +230,7 @@ static void all_buffers(struct placing *p) {
     TAKE(in, p->d->staging.in_bytes);
     TAKE(out, p->d->staging.out_bytes);
     TAKE(tok, DSV4_LOGIT_ROWS);
-    TAKE(tickets, most_tickets(c));
+    TAKE(tickets, most_tickets(m));
     TAKE(streams, n * hc * d);
     TAKE(u, n * d);
     TAKE(u_quant, n * d);
@@ -306,7 +307,7 @@ static dsv4_status fill(struct dsv4_device *d, uint8_t **base, size_t bytes, voi
 }
 
 static dsv4_status clear_tickets(struct dsv4_device *d, dsv4_error *err) {
-    size_t n = most_tickets(&d->model->config);
+    size_t n = most_tickets(d->model);
     int32_t *zeros = calloc(n, sizeof *zeros);
     if (!zeros)
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %zu tickets", n);

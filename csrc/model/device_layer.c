@@ -184,15 +184,19 @@ static dsv4_status choose_entries(run *r, const struct dsv4_layer *l, int32_t la
     float *scores = (float *)(void *)r->d->scratch;
     for (int32_t t = 0; t < r->n; t += n) {
         n = n < r->n - t ? n : r->n - t;
+        struct dsv4_cuda_top_k_args choice = {
+            .ids = b->selected + (ptrdiff_t)t * c->index_topk, .n_id = b->n_selected + t, .scores = scores,
+            .positions = b->positions + t, .n_tok = n, .k = c->index_topk, .ratio = ratio, .max_entry = entries,
+        };
         if (scored)
             LAUNCH(r, scores, .pass = from_token(r, t, n), .scores = scores,
                    .q = b->index_q_rows + (size_t)t * (size_t)iq * r->d->model->index_row,
                    .head_w = b->index_w + (ptrdiff_t)t * iq, .bad = b->bad, .w_scale = r->d->model->index_w_scale,
                    .n_head = iq, .d_index = c->index_head_dim, .ratio = ratio, .top_k = c->index_topk,
-                   .max_entry = entries, .layer = layer);
+                   .max_entry = entries, .layer = layer, .tickets = b->tickets, .choice = &choice);
+        else
+            DSV4_TRY(dsv4_device_status(r->d, r->launches->top_k(&choice, r->d->stream), "top_k", r->err));
         DSV4_TRY(dsv4_device_at_scores(r, layer, scores, entries, t, n));
-        LAUNCH(r, top_k, .ids = b->selected + (ptrdiff_t)t * c->index_topk, .n_id = b->n_selected + t, .scores = scores,
-               .positions = b->positions + t, .n_tok = n, .k = c->index_topk, .ratio = ratio, .max_entry = entries);
     }
     return DSV4_OK;
 }
@@ -209,18 +213,18 @@ static dsv4_status attend(run *r, const struct dsv4_layer *l, int32_t layer, con
         n = n < r->n - t ? n : r->n - t;
         const uint8_t **keys = (const uint8_t **)(void *)r->d->scratch;
         ptrdiff_t first = (ptrdiff_t)t * heads * hd;
-        LAUNCH(r, keys, .pass = from_token(r, t, n), .keys = keys, .n_key = b->n_key + t, .new_rows = b->kv_rows,
-               .selected = l->kind == DSV4_CSA ? b->selected + (ptrdiff_t)t * c->index_topk : NULL,
-               .n_selected = l->kind == DSV4_CSA ? b->n_selected + t : NULL, .top_k = c->index_topk,
-               .ratio = l->kind == DSV4_HCA ? l->compressor.ratio : 0, .window = c->sliding_window, .max_key = max_key,
-               .kv_row = r->d->model->kv_row);
-        LAUNCH(r, attention, .out = b->o + first, .q = b->q + first, .keys = keys, .n_key = b->n_key + t, .sink = l->sink,
-               .scratch = r->d->scratch + keys_bytes * (size_t)n, .n_tok = n, .n_head = heads, .d_head = hd,
-               .d_rope = c->qk_rope_head_dim, .max_key = max_key, .scale = r->d->model->softmax_scale,
-               .format = r->d->model->kv_format);
+        struct dsv4_cuda_keys_args list = {
+            .pass = from_token(r, t, n), .keys = keys, .n_key = b->n_key + t, .new_rows = b->kv_rows,
+            .selected = l->kind == DSV4_CSA ? b->selected + (ptrdiff_t)t * c->index_topk : NULL,
+            .n_selected = l->kind == DSV4_CSA ? b->n_selected + t : NULL, .top_k = c->index_topk,
+            .ratio = l->kind == DSV4_HCA ? l->compressor.ratio : 0, .window = c->sliding_window, .max_key = max_key,
+            .kv_row = r->d->model->kv_row,
+        };
+        LAUNCH(r, attention, .out = b->o + first, .q = b->q + first, .list = &list, .cos = cos + (ptrdiff_t)t * pairs,
+               .sin = sin + (ptrdiff_t)t * pairs, .sink = l->sink, .scratch = r->d->scratch + keys_bytes * (size_t)n,
+               .tickets = b->tickets, .n_tok = n, .n_head = heads, .d_head = hd, .d_rope = c->qk_rope_head_dim,
+               .max_key = max_key, .flush = !seen, .scale = r->d->model->softmax_scale, .format = r->d->model->kv_format);
     }
-    LAUNCH(r, rope, .x = b->o, .cos = cos, .sin = sin, .n_row = r->n * heads, .n = hd, .per_tok = heads, .n_pair = pairs,
-           .inverse = 1, .flush = !seen);
     if (seen) { /* what a trace shows is not flushed */
         DSV4_TRY(dsv4_device_at_heads(r, layer));
         LAUNCH(r, act, .out = b->o, .x = b->o, .n_row = r->n, .n = heads * hd);

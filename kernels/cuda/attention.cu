@@ -1,12 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention over key lists, in three launches, since the contract orders nothing but two chains: scores of all (head,
-// rank) pairs, each one chain over the dimensions; per head the running maximum, P and the factor of every block, the
-// denominator; values, one chain over the ranks for each (head, dimension).  Contracts: kernels.h, launches.h.
+// Attention over key lists, in two launches, since the contract orders nothing but two chains: scores of all (head, rank)
+// pairs, each one chain over the dimensions, after which whoever made the last ones of a group of heads goes over its
+// blocks of ranks: the running maximum, P and the factor of every block, the denominator; then values, one chain over the
+// ranks for each (head, dimension).  Few tokens have fewer heads in a block, so that there are blocks for a device.
+// Contracts: kernels.h, launches.h.
+#include "state.cuh"
 #include "weights.cuh"
 
-enum { BLOCK = 64, SCORE_THREADS = 256, SCORE_HEADS = 16, SCORE_EACH = 4, DIMS = 128, SOFT_THREADS = 128,
-       VALUE_THREADS = 128, VALUE_HEADS = 8 };
+enum { BLOCK = 64, SCORE_THREADS = 256, SCORE_WARPS = SCORE_THREADS / 32, DIMS = 128, VALUE_THREADS = 128 };
+enum { FEW_TOKENS = DSV4_CUDA_FEW_TILE, FEW_EACH = 2, MANY_EACH = 4, FEW_VALUES = 2, MANY_VALUES = 8 };
+
+struct attention_args {
+    struct dsv4_cuda_attention_args of;
+    struct dsv4_cuda_keys_args list;
+    int32_t listed;
+};
+
+// The factor of a block of ranks without any key.
+#define NO_KEYS -1.0f
 
 // How the scratch is cut: scores [n_tok][n_head][ranks], factors [n_tok][n_head][blocks], denominators [n_tok][n_head].
 struct parts {
@@ -40,80 +52,44 @@ DSV4_DEVICE uint32_t key_pair(const uint8_t *row, int32_t d, const struct dsv4_c
     return dsv4_f32_bits(even) >> 16 | (dsv4_f32_bits(odd) & 0xffff0000u);
 }
 
-struct score_work {
+template <int each> struct score_work {
     uint32_t k[DIMS / 2][BLOCK + 1]; // pairs of dimensions, a rank each
-    uint32_t q[DIMS / 2][SCORE_HEADS];
+    uint32_t q[DIMS / 2][4 * each];
+    const uint8_t *keys[BLOCK];
+    float p[SCORE_WARPS][BLOCK];
 };
 
-// blockIdx: block of ranks, group of 16 heads, token.  A thread has one rank and four heads.
-DSV4_KERNEL(score_kernel, struct dsv4_cuda_attention_args, SCORE_THREADS, 2) {
-    DSV4_SHARED(struct score_work, s);
-    struct parts to = cut(a);
-    int32_t t = (int32_t)blockIdx.z, h0 = (int32_t)blockIdx.y * SCORE_HEADS, first = (int32_t)blockIdx.x * BLOCK;
-    int32_t n_key = a.n_key[t], i = (int32_t)threadIdx.x, rank = i % BLOCK, own = i / BLOCK * SCORE_EACH;
-    if (first >= n_key)
-        return;
-    const uint8_t *const *keys = a.keys + (int64_t)t * a.max_key;
-    float sum[SCORE_EACH] = {};
-    for (int32_t d0 = 0; d0 < a.d_head; d0 += DIMS) {
-        int32_t pairs = (a.d_head - d0 < DIMS ? a.d_head - d0 : DIMS) / 2;
-        for (int32_t e = i; e < BLOCK * pairs; e += SCORE_THREADS) {
-            int32_t r = e / pairs, d = e % pairs;
-            const uint8_t *row = first + r < n_key ? keys[first + r] : NULL;
-            s.k[d][r] = row ? key_pair(row, d0 + 2 * d, a) : 0u;
-        }
-        for (int32_t e = i; e < SCORE_HEADS * pairs; e += SCORE_THREADS) {
-            int32_t h = e / pairs, d = e % pairs;
-            uint32_t pair = 0;
-            if (h0 + h < a.n_head) {
-                const dsv4_bf16 *q = a.q + ((int64_t)t * a.n_head + h0 + h) * a.d_head + d0 + 2 * d;
-                pair = (uint32_t)dsv4_bf16_operand(q[0]) | (uint32_t)dsv4_bf16_operand(q[1]) << 16;
-            }
-            s.q[d][h] = pair;
-        }
-        __syncthreads();
-#pragma unroll 4
-        for (int32_t d = 0; d < pairs; d++) {
-            uint32_t k = s.k[d][rank];
-            float odd = dsv4_high_bf16(k), even = dsv4_low_bf16(k);
+// Sums of P over a block, by a warp, as rule 1 has them.
+DSV4_DEVICE float sum_of_block(float *staged, float low, float high) {
+    int32_t lane = (int32_t)threadIdx.x % 32;
+    float sum = 0.0f;
+    staged[lane] = low;
+    staged[lane + 32] = high;
+    __syncwarp();
 #pragma unroll
-            for (int j = 0; j < SCORE_EACH; j++) {
-                uint32_t q = s.q[d][own + j];
-                sum[j] = dsv4_mad(dsv4_high_bf16(q), odd, sum[j]);
-                sum[j] = dsv4_mad(dsv4_low_bf16(q), even, sum[j]);
-            }
-        }
-        __syncthreads();
+    for (int k = 0; k < BLOCK; k += 32) {
+        sum = sum + staged[k + 2 * (lane % 16) + 1];
+        sum = sum + staged[k + 2 * (lane % 16)];
     }
-    int masked = first + rank >= n_key || !keys[first + rank];
-#pragma unroll
-    for (int j = 0; j < SCORE_EACH; j++)
-        if (h0 + own + j < a.n_head)
-            to.p[((size_t)t * (size_t)a.n_head + (size_t)(h0 + own + j)) * to.ranks + (size_t)(first + rank)] =
-                masked ? -DSV4_INF : sum[j] * a.scale;
+    __syncwarp();
+    return dsv4_lane_tree(sum);
 }
 
-struct soft_work {
-    float p[SOFT_THREADS / 32][BLOCK];
-};
-
-// A warp per (token, head), block after block.  A block without any key leaves everything as it was.
-DSV4_KERNEL(soft_kernel, struct dsv4_cuda_attention_args, SOFT_THREADS, 1) {
-    DSV4_SHARED(struct soft_work, s);
-    struct parts at = cut(a);
-    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
-    int64_t row = (int64_t)blockIdx.x * (SOFT_THREADS / 32) + warp;
-    if (row >= (int64_t)a.n_tok * a.n_head)
-        return; // whole warps
-    int32_t t = (int32_t)(row / a.n_head), n_key = a.n_key[t];
-    const uint8_t *const *keys = a.keys + (int64_t)t * a.max_key;
+// Softmax of one row (token, head) by a warp, block after block.  A block without any key leaves everything as it was.
+DSV4_DEVICE void warp_softmax(float *staged, const struct parts &at, int64_t row, int32_t n_key, float sink) {
+    int32_t lane = (int32_t)threadIdx.x % 32;
     float *scores = at.p + (size_t)row * at.ranks, *factors = at.c + (size_t)row * at.blocks;
-    float m = -DSV4_INF, l = 0.0f;
-    for (int32_t first = 0; first < n_key; first += BLOCK) {
-        int any = (first + lane < n_key && keys[first + lane]) || (first + lane + 32 < n_key && keys[first + lane + 32]);
-        if (!__ballot_sync(DSV4_FULL_WARP, any))
+    float m = -DSV4_INF, l = 0.0f, next_low = 0.0f, next_high = 0.0f, next_mark = NO_KEYS;
+    for (int32_t first = -BLOCK; first < n_key; first += BLOCK) {
+        float low = next_low, high = next_high, mark = next_mark;
+        if (first + BLOCK < n_key) { // the next ones are on their way meanwhile
+            next_low = scores[first + BLOCK + lane];
+            next_high = scores[first + BLOCK + lane + 32];
+            next_mark = factors[first / BLOCK + 1];
+        }
+        if (mark == NO_KEYS)
             continue;
-        float low = scores[first + lane], high = scores[first + lane + 32], top = m;
+        float top = m;
         top = low > top ? low : top; // a NaN is lost here and makes its P NaN below, so the whole head
         top = high > top ? high : top;
         for (int step = 16; step > 0; step /= 2) {
@@ -124,68 +100,146 @@ DSV4_KERNEL(soft_kernel, struct dsv4_cuda_attention_args, SOFT_THREADS, 1) {
         high = dsv4_expf(high - top);
         scores[first + lane] = low;
         scores[first + lane + 32] = high;
-        s.p[warp][lane] = low;
-        s.p[warp][lane + 32] = high;
-        __syncwarp();
-        float sum = 0.0f;
-        for (int k = 0; k < BLOCK; k += 32) {
-            sum = sum + s.p[warp][k + 2 * (lane % 16) + 1];
-            sum = sum + s.p[warp][k + 2 * (lane % 16)];
-        }
-        sum = dsv4_lane_tree(sum);
-        float c = dsv4_expf(m - top);
+        float c = dsv4_expf(m - top), sum = sum_of_block(staged, low, high);
         l = l * c + sum;
         m = top;
         if (lane == 0)
             factors[first / BLOCK] = c;
-        __syncwarp();
     }
     if (lane == 0) // the tree is right in the first lane
-        at.l[row] = l + dsv4_expf(a.sink[row % a.n_head] - m);
+        at.l[row] = l + dsv4_expf(sink - m);
 }
 
-struct value_work {
+// blockIdx: block of ranks, group of 4 each heads, token.  A thread has one rank and `each` heads.
+template <int each> DSV4_KERNEL(score_kernel, struct attention_args, SCORE_THREADS, 2) {
+    DSV4_SHARED(struct score_work<each>, s);
+    const struct dsv4_cuda_attention_args &o = a.of;
+    struct parts to = cut(o);
+    int32_t t = (int32_t)blockIdx.z, h0 = (int32_t)blockIdx.y * 4 * each, first = (int32_t)blockIdx.x * BLOCK;
+    int32_t n_key = a.listed ? count_keys(a.list, t) : o.n_key[t];
+    int32_t i = (int32_t)threadIdx.x, rank = i % BLOCK, own = i / BLOCK * each;
+    if (first >= n_key && first > 0)
+        return;
+    const uint8_t *key = NULL;
+    if (i < BLOCK && first + i < n_key)
+        key = a.listed ? key_at(a.list, t, first + i) : o.keys[(int64_t)t * o.max_key + first + i];
+    if (i < BLOCK)
+        s.keys[i] = key;
+    if (a.listed && blockIdx.y == 0) {
+        if (i < BLOCK && first + i < n_key)
+            a.list.keys[(int64_t)t * o.max_key + first + i] = key;
+        if (i == 0 && first == 0)
+            a.list.n_key[t] = n_key;
+    }
+    int any = __syncthreads_or(key != NULL);
+    float sum[each] = {};
+    for (int32_t d0 = 0; d0 < o.d_head; d0 += DIMS) {
+        int32_t pairs = (o.d_head - d0 < DIMS ? o.d_head - d0 : DIMS) / 2;
+#pragma unroll 8
+        for (int32_t e = i; e < BLOCK * pairs; e += SCORE_THREADS) {
+            const uint8_t *row = s.keys[e / pairs];
+            s.k[e % pairs][e / pairs] = row ? key_pair(row, d0 + 2 * (e % pairs), o) : 0u;
+        }
+        for (int32_t e = i; e < 4 * each * pairs; e += SCORE_THREADS) {
+            int32_t h = e / pairs, d = e % pairs;
+            uint32_t pair = 0;
+            if (h0 + h < o.n_head) {
+                const dsv4_bf16 *q = o.q + ((int64_t)t * o.n_head + h0 + h) * o.d_head + d0 + 2 * d;
+                pair = (uint32_t)dsv4_bf16_operand(q[0]) | (uint32_t)dsv4_bf16_operand(q[1]) << 16;
+            }
+            s.q[d][h] = pair;
+        }
+        __syncthreads();
+#pragma unroll 4
+        for (int32_t d = 0; d < pairs; d++) {
+            uint32_t k = s.k[d][rank];
+            float odd = dsv4_high_bf16(k), even = dsv4_low_bf16(k);
+#pragma unroll
+            for (int j = 0; j < each; j++) {
+                uint32_t q = s.q[d][own + j];
+                sum[j] = dsv4_mad(dsv4_high_bf16(q), odd, sum[j]);
+                sum[j] = dsv4_mad(dsv4_low_bf16(q), even, sum[j]);
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+        size_t row = (size_t)t * (size_t)o.n_head + (size_t)(h0 + own + j);
+        if (h0 + own + j >= o.n_head)
+            break;
+        to.p[row * to.ranks + (size_t)(first + rank)] = s.keys[rank] ? sum[j] * o.scale : -DSV4_INF;
+        if (rank == 0)
+            to.c[row * to.blocks + blockIdx.x] = any ? 0.0f : NO_KEYS;
+    }
+    int32_t blocks = n_key > 0 ? (n_key + BLOCK - 1) / BLOCK : 1;
+    if (!dsv4_last_part(o.tickets + (size_t)t * gridDim.y + blockIdx.y, 1, blocks))
+        return;
+    for (int32_t h = h0 + i / 32; h < h0 + 4 * each && h < o.n_head; h += SCORE_WARPS)
+        warp_softmax(s.p[i / 32], to, (int64_t)t * o.n_head + h, n_key, o.sink[h]);
+}
+
+template <int heads> struct value_work {
     uint32_t k[BLOCK / 2][VALUE_THREADS]; // ranks 2i and 2i + 1 of a dimension
-    float p[BLOCK][VALUE_HEADS];          // as operands
-    float c[VALUE_HEADS];
-    int any;
+    float p[BLOCK][heads];                // as operands
+    float c[heads];
+    const uint8_t *keys[BLOCK];
 };
 
-// blockIdx: group of 128 dimensions, group of 8 heads, token.  A thread has one dimension of all heads of the group.
-DSV4_KERNEL(value_kernel, struct dsv4_cuda_attention_args, VALUE_THREADS, 4) {
-    DSV4_SHARED(struct value_work, s);
+// The value of one (head, dimension) as it leaves attention; its pair is that of the neighbouring thread.
+DSV4_DEVICE dsv4_bf16 turned_back(const struct dsv4_cuda_attention_args &a, int32_t t, int32_t d, dsv4_bf16 x) {
+    float own = dsv4_bf16_to_f32(x), other = __shfl_xor_sync(DSV4_FULL_WARP, own, 1);
+    int32_t at = d - (a.d_head - a.d_rope);
+    if (a.cos && at >= 0 && d < a.d_head) {
+        int64_t angle = (int64_t)t * (a.d_rope / 2) + at / 2;
+        float c = a.cos[angle], s = -a.sin[angle];
+        x = dsv4_f32_to_bf16(at % 2 ? other * s + own * c : own * c - other * s);
+    }
+    return a.flush ? dsv4_bf16_operand(x) : x;
+}
+
+// blockIdx: group of 128 dimensions, group of `heads` heads, token.  A thread has one dimension of all heads of the group.
+template <int heads> DSV4_KERNEL(value_kernel, struct dsv4_cuda_attention_args, VALUE_THREADS, 4) {
+    DSV4_SHARED(struct value_work<heads>, s);
     struct parts from = cut(a);
-    int32_t t = (int32_t)blockIdx.z, h0 = (int32_t)blockIdx.y * VALUE_HEADS, d0 = (int32_t)blockIdx.x * VALUE_THREADS;
+    int32_t t = (int32_t)blockIdx.z, h0 = (int32_t)blockIdx.y * heads, d0 = (int32_t)blockIdx.x * VALUE_THREADS;
     int32_t n_key = a.n_key[t], i = (int32_t)threadIdx.x;
     int32_t pairs = (a.d_head - d0 < VALUE_THREADS ? a.d_head - d0 : VALUE_THREADS) / 2;
+    size_t row0 = (size_t)t * (size_t)a.n_head + (size_t)h0;
     const uint8_t *const *keys = a.keys + (int64_t)t * a.max_key;
-    float acc[VALUE_HEADS] = {};
+    const uint8_t *next = i < BLOCK && i < n_key ? keys[i] : NULL;
+    float acc[heads] = {};
     for (int32_t first = 0; first < n_key; first += BLOCK) {
-        if (i == 0)
-            s.any = 0;
+        if (i < BLOCK) {
+            s.keys[i] = next;
+            next = first + BLOCK + i < n_key ? keys[first + BLOCK + i] : NULL;
+        }
+        if (i < heads && h0 + i < a.n_head)
+            s.c[i] = from.c[(row0 + (size_t)i) * from.blocks + (size_t)(first / BLOCK)];
         __syncthreads();
-        if (i < BLOCK && first + i < n_key && keys[first + i])
-            s.any = 1; // whoever writes it writes the same
+        if (s.c[0] == NO_KEYS) { // of all heads
+            __syncthreads();
+            continue;
+        }
+#pragma unroll 8
         for (int32_t e = i; e < BLOCK / 2 * pairs; e += VALUE_THREADS) {
-            int32_t r = first + e / pairs * 2, d = e % pairs;
-            const uint8_t *row0 = r < n_key ? keys[r] : NULL, *row1 = r + 1 < n_key ? keys[r + 1] : NULL;
-            uint32_t even = row0 ? key_pair(row0, d0 + 2 * d, a) : 0u, odd = row1 ? key_pair(row1, d0 + 2 * d, a) : 0u;
-            s.k[e / pairs][2 * d] = (even & 0xffffu) | odd << 16;
-            s.k[e / pairs][2 * d + 1] = even >> 16 | (odd & 0xffff0000u);
+            int32_t r = e / pairs, d = e % pairs;
+            const uint8_t *first_row = s.keys[2 * r], *second = s.keys[2 * r + 1];
+            uint32_t even = first_row ? key_pair(first_row, d0 + 2 * d, a) : 0u;
+            uint32_t odd = second ? key_pair(second, d0 + 2 * d, a) : 0u;
+            s.k[r][2 * d] = (even & 0xffffu) | odd << 16;
+            s.k[r][2 * d + 1] = even >> 16 | (odd & 0xffff0000u);
         }
-        for (int32_t e = i; e < BLOCK * VALUE_HEADS; e += VALUE_THREADS) {
-            int32_t h = e / BLOCK, r = e % BLOCK;
-            float p = 0.0f;
-            if (h0 + h < a.n_head)
-                p = from.p[((size_t)t * (size_t)a.n_head + (size_t)(h0 + h)) * from.ranks + (size_t)(first + r)];
-            s.p[r][h] = rounded_operand(p);
-        }
-        if (i < VALUE_HEADS && h0 + i < a.n_head)
-            s.c[i] = from.c[((size_t)t * (size_t)a.n_head + (size_t)(h0 + i)) * from.blocks + (size_t)(first / BLOCK)];
-        __syncthreads();
-        if (s.any && d0 + i < a.d_head) {
 #pragma unroll
-            for (int h = 0; h < VALUE_HEADS; h++) {
+        for (int32_t e = i; e < BLOCK * heads; e += VALUE_THREADS) {
+            int32_t h = e / BLOCK, r = e % BLOCK;
+            s.p[r][h] = h0 + h < a.n_head ? rounded_operand(from.p[(row0 + (size_t)h) * from.ranks + (size_t)(first + r)])
+                                          : 0.0f;
+        }
+        __syncthreads();
+        if (d0 + i < a.d_head) {
+#pragma unroll
+            for (int h = 0; h < heads; h++) {
                 float x = acc[h] * s.c[h];
                 acc[h] = fabsf(x) < 0x1p-95f ? 0.0f : x;
             }
@@ -194,7 +248,7 @@ DSV4_KERNEL(value_kernel, struct dsv4_cuda_attention_args, VALUE_THREADS, 4) {
                 uint32_t k = s.k[r / 2][i];
                 float odd = dsv4_high_bf16(k), even = dsv4_low_bf16(k);
 #pragma unroll
-                for (int h = 0; h < VALUE_HEADS; h++) {
+                for (int h = 0; h < heads; h++) {
                     acc[h] = dsv4_mad(s.p[r + 1][h], odd, acc[h]);
                     acc[h] = dsv4_mad(s.p[r][h], even, acc[h]);
                 }
@@ -202,27 +256,39 @@ DSV4_KERNEL(value_kernel, struct dsv4_cuda_attention_args, VALUE_THREADS, 4) {
         }
         __syncthreads();
     }
-    if (d0 + i >= a.d_head)
-        return;
 #pragma unroll
-    for (int h = 0; h < VALUE_HEADS; h++) {
+    for (int h = 0; h < heads; h++) {
         if (h0 + h >= a.n_head)
-            break;
-        int64_t row = (int64_t)t * a.n_head + h0 + h;
-        float o = acc[h] / from.l[row];
-        a.out[row * a.d_head + d0 + i] = o == o ? dsv4_f32_to_bf16(o) : (dsv4_bf16)0x7fc0;
+            break; // the whole block
+        float x = acc[h] / from.l[row0 + (size_t)h];
+        dsv4_bf16 o = turned_back(a, t, d0 + i, x == x ? dsv4_f32_to_bf16(x) : (dsv4_bf16)0x7fc0);
+        if (d0 + i < a.d_head)
+            a.out[((int64_t)t * a.n_head + h0 + h) * a.d_head + d0 + i] = o;
     }
+}
+
+template <int each, int heads>
+static int launch_attention(const struct attention_args &args, void *stream) {
+    const struct dsv4_cuda_attention_args &a = args.of;
+    unsigned tokens = (unsigned)a.n_tok;
+    dim3 scores(dsv4_blocks((size_t)a.max_key, BLOCK), dsv4_blocks((size_t)a.n_head, 4 * each), tokens);
+    dim3 values(dsv4_blocks((size_t)a.d_head, VALUE_THREADS), dsv4_blocks((size_t)a.n_head, heads), tokens);
+    DSV4_LAUNCH(score_kernel<each>, scores, SCORE_THREADS, stream, args);
+    DSV4_LAUNCH(value_kernel<heads>, values, VALUE_THREADS, stream, a);
+    return 0;
 }
 
 int dsv4_cuda_attention(const struct dsv4_cuda_attention_args *a, void *stream) {
     if (!a->n_tok || !a->n_head)
         return 0;
-    unsigned heads = dsv4_blocks((size_t)a->n_head, SCORE_HEADS), tokens = (unsigned)a->n_tok;
-    if (a->max_key)
-        DSV4_LAUNCH(score_kernel, dim3(dsv4_blocks((size_t)a->max_key, BLOCK), heads, tokens), SCORE_THREADS, stream, *a);
-    DSV4_LAUNCH(soft_kernel, dsv4_blocks((size_t)a->n_tok * (size_t)a->n_head, SOFT_THREADS / 32), SOFT_THREADS, stream,
-                *a);
-    dim3 grid(dsv4_blocks((size_t)a->d_head, VALUE_THREADS), dsv4_blocks((size_t)a->n_head, VALUE_HEADS), tokens);
-    DSV4_LAUNCH(value_kernel, grid, VALUE_THREADS, stream, *a);
-    return 0;
+    struct attention_args args = {};
+    args.of = *a;
+    if (a->list) {
+        args.listed = 1;
+        args.list = *a->list;
+        args.of.keys = a->list->keys;
+        args.of.n_key = a->list->n_key;
+    }
+    return a->n_tok <= FEW_TOKENS ? launch_attention<FEW_EACH, FEW_VALUES>(args, stream)
+                                  : launch_attention<MANY_EACH, MANY_VALUES>(args, stream);
 }

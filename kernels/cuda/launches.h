@@ -282,7 +282,7 @@ struct dsv4_cuda_pool_args {
 /* --------------------------------------------------------------------------------------------------------- attention */
 
 /*
- * The key list of every token (DESIGN 4.4): the window, ascending positions, masked up to `window` ranks; then the
+ * How attention makes the key list of every token (DESIGN 4.4): the window, ascending positions, masked up to `window` ranks; then the
  * compressed entries, those selected (selected not NULL) or all visible ones (ratio > 0).
  */
 struct dsv4_cuda_keys_args {
@@ -295,25 +295,35 @@ struct dsv4_cuda_keys_args {
     size_t kv_row;
 };
 
-/* attention of n_tok tokens, at most 65535, over their key lists. */
+/*
+ * attention of n_tok tokens, at most 65535, over their key lists; with `list` these are made on the way, to where list->keys
+ * and list->n_key say: keys and n_key.  Then (cos not NULL) rope back of the last d_rope of every head, then act_flush if
+ * asked for.
+ */
 struct dsv4_cuda_attention_args {
     dsv4_bf16 *out;             /* [n_tok][n_head][d_head] */
     const dsv4_bf16 *q;
     const uint8_t *const *keys; /* [n_tok][max_key], NULL = masked; rows 2-byte aligned */
     const int32_t *n_key;       /* [n_tok], at most max_key */
+    const struct dsv4_cuda_keys_args *list; /* or NULL */
+    const float *cos, *sin;     /* [n_tok][d_rope / 2], or NULL */
     const float *sink;          /* [n_head] */
     void *scratch;              /* DSV4_CUDA_ATTENTION_SCRATCH bytes, 16-byte aligned */
-    int32_t n_tok, n_head, d_head, d_rope, max_key;
+    int32_t *tickets;           /* zeros before and after: DSV4_CUDA_ATTENTION_TICKETS */
+    int32_t n_tok, n_head, d_head, d_rope, max_key; /* max_key >= 1 */
+    int32_t flush;
     float scale;
     enum dsv4_kv_format format;
 };
+#define DSV4_CUDA_ATTENTION_TICKETS(n_tok, n_head) ((size_t)(n_tok) * (((size_t)(n_head) + 7) / 8))
 /* Scores of whole blocks of 64 ranks, a factor per block, the denominator. */
 #define DSV4_CUDA_ATTENTION_SCRATCH(n_tok, n_head, max_key)                                                            \
     ((size_t)4 * (size_t)(n_tok) * (size_t)(n_head) * (((size_t)(max_key) + 63) / 64 * 65 + 1))
 
 /* ----------------------------------------------------------------------------------------------------------- indexer */
 
-/* index_scores of all entries visible to each token, (position + 1) / ratio of them, where these are more than top_k. */
+/* index_scores of all entries visible to each token, (position + 1) / ratio of them, where these are more than top_k; then
+ * (not NULL) the launch top_k, in the same kernel. */
 struct dsv4_cuda_scores_args {
     struct dsv4_cuda_pass pass;
     float *scores;           /* [n_tok][max_entry] */
@@ -322,6 +332,8 @@ struct dsv4_cuda_scores_args {
     int32_t *bad;            /* [1] becomes min(itself, layer) where a score is NaN */
     float w_scale;
     int32_t n_head, d_index, ratio, top_k, max_entry, layer; /* d_index 32, 64, 128 or 256 */
+    int32_t *tickets;        /* zeros before and after: [n_tok] */
+    const struct dsv4_cuda_top_k_args *choice;
 };
 
 /* top_k of each token's first (position + 1) / ratio scores; all ids where these are not more than k. */
@@ -506,7 +518,6 @@ struct dsv4_cuda_tap_args {
     X(gather)                                                                                                          \
     X(keep)                                                                                                            \
     X(pool)                                                                                                            \
-    X(keys)                                                                                                            \
     X(attention)                                                                                                       \
     X(scores)                                                                                                          \
     X(top_k)                                                                                                           \

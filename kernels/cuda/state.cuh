@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What passes through a session's state, by blocks of any kernel: KV rows of new tokens, compressed windows that close,
-// rings.  Contracts: kernels.h, launches.h.
+// rings, key lists.  Contracts: kernels.h, launches.h.
 #pragma once
 
 #include "rows.cuh"
@@ -146,4 +146,27 @@ DSV4_DEVICE void block_keep(const struct dsv4_cuda_keep_args &a, int32_t t) {
     keep_raw(state.gate, a.gate, slot, t, a.width);
     keep_raw(state.index_k, a.index_k, slot, t, a.index_width);
     keep_raw(state.index_gate, a.index_gate, slot, t, a.index_width);
+}
+
+// ----------------------------------------------------------------------------------------------------------- key lists
+
+// Keys of token t.
+DSV4_DEVICE int32_t count_keys(const struct dsv4_cuda_keys_args &a, int32_t t) {
+    return a.window + (a.selected ? a.n_selected[t] : a.ratio ? (a.pass.positions[t] + 1) / a.ratio : 0);
+}
+
+// The key of token t at a rank below their count; NULL: masked.
+DSV4_DEVICE const uint8_t *key_at(const struct dsv4_cuda_keys_args &a, int32_t t, int32_t rank) {
+    int32_t which = a.pass.piece_of[t], position = a.pass.positions[t];
+    const struct dsv4_cuda_state &state = a.pass.states[which];
+    if (rank >= a.window) {
+        int32_t entry = rank - a.window;
+        return entry_row(state.compressed, a.selected ? a.selected[(int64_t)t * a.top_k + entry] : entry, a.kv_row);
+    }
+    const struct dsv4_cuda_piece piece = a.pass.pieces[which];
+    int32_t at = (position < a.window ? 0 : position - a.window + 1) + rank;
+    if (at > position)
+        return NULL;
+    return at >= piece.position ? a.new_rows + (size_t)(piece.first_tok + at - piece.position) * a.kv_row
+                                : state.window + (size_t)(at % a.window) * a.kv_row;
 }

@@ -20,12 +20,21 @@ static void attention(int32_t n_tok, int32_t n_head, int32_t nope, int32_t rope,
     uint8_t *rows = check_aligned((size_t)n_row * row, 2);
     const uint8_t **keys = check_aligned((size_t)(n_tok * max_key) * sizeof *keys, 8);
     int32_t *n_key = check_aligned(4 * (size_t)n_tok, 4);
-    float *sink = check_aligned(4 * (size_t)n_head, 4);
+    float *sink = check_aligned(4 * (size_t)n_head, 4), *cos = NULL, *sin = NULL;
+    size_t angles = (size_t)(n_tok * rope / 2), n_ticket = DSV4_CUDA_ATTENTION_TICKETS(n_tok, n_head);
+    int32_t *tickets = check_aligned(4 * n_ticket, 4), flush = (int32_t)check_below(2);
     void *scratch = check_aligned(DSV4_CUDA_ATTENTION_SCRATCH(n_tok, n_head, max_key), 16);
     void *ref_scratch = aligned_alloc(64, (DSV4_ATTENTION_SCRATCH(n_head, d) + 63) / 64 * 64);
     memset(scratch, 0xff, DSV4_CUDA_ATTENTION_SCRATCH(n_tok, n_head, max_key));
     check_fill_bf16(q, n, kind);
     check_fill_f32(sink, (size_t)n_head, CHECK_NORMAL);
+    memset(tickets, 0, 4 * n_ticket);
+    if (check_below(2)) {
+        cos = check_aligned(4 * angles, 4);
+        sin = check_aligned(4 * angles, 4);
+        check_fill_f32(cos, angles, CHECK_NORMAL);
+        check_fill_f32(sin, angles, CHECK_NORMAL);
+    }
     for (int32_t r = 0; r < n_row; r++) {
         check_fill_bf16(x, (size_t)d, kind);
         if (how & 2 && r == 0)
@@ -43,10 +52,15 @@ static void attention(int32_t n_tok, int32_t n_head, int32_t nope, int32_t rope,
             .out = want + t * n_head * d, .q = q + t * n_head * d, .keys = keys + t * max_key, .sink = sink,
             .scratch = ref_scratch, .n_key = n_key[t], .n_head = n_head, .d_head = d, .d_rope = rope, .scale = scale,
             .format = f});
+        for (int32_t h = 0; h < n_head && cos; h++)
+            ref()->rope(want + (t * n_head + h) * d + nope, cos + t * rope / 2, sin + t * rope / 2, rope / 2, 1);
     }
-    RUN(attention, .out = got, .q = q, .keys = keys, .n_key = n_key, .sink = sink, .scratch = scratch, .n_tok = n_tok,
-        .n_head = n_head, .d_head = d, .d_rope = rope, .max_key = max_key, .scale = scale, .format = f);
-    same("attention", got, want, n, 2);
+    if (flush)
+        ref()->act_flush(want, want, (int32_t)n);
+    RUN(attention, .out = got, .q = q, .keys = keys, .n_key = n_key, .cos = cos, .sin = sin, .sink = sink,
+        .scratch = scratch, .tickets = tickets, .n_tok = n_tok, .n_head = n_head, .d_head = d, .d_rope = rope,
+        .max_key = max_key, .flush = flush, .scale = scale, .format = f);
+    same_bf16("attention", got, want, n);
     free(ref_scratch);
     check_reset();
 }
@@ -59,7 +73,7 @@ static void fading(float gap) {
     dsv4_bf16 *want = check_aligned(2 * HEADS * DIM, 2), *rows = check_aligned(4 * DIM, 2);
     const uint8_t **keys = check_aligned(RANKS * sizeof *keys, 8);
     float *sink = check_aligned(4 * HEADS, 4);
-    int32_t *n_key = check_aligned(4, 4);
+    int32_t *n_key = check_aligned(4, 4), *tickets = check_aligned(4, 4);
     void *scratch = check_aligned(DSV4_CUDA_ATTENTION_SCRATCH(1, HEADS, RANKS), 16);
     void *ref_scratch = aligned_alloc(64, (DSV4_ATTENTION_SCRATCH(HEADS, DIM) + 63) / 64 * 64);
     memset(rows, 0, 4 * DIM);
@@ -73,11 +87,12 @@ static void fading(float gap) {
     for (int32_t r = 0; r < RANKS; r++)
         keys[r] = (const uint8_t *)(rows + (r < 64 ? 0 : DIM));
     *n_key = RANKS;
+    *tickets = 0;
     ref()->attention(&(struct dsv4_attention_args){
         .out = want, .q = q, .keys = keys, .sink = sink, .scratch = ref_scratch, .n_key = RANKS, .n_head = HEADS,
         .d_head = DIM, .d_rope = 2, .scale = 1.0f, .format = DSV4_KV_BF16});
-    RUN(attention, .out = got, .q = q, .keys = keys, .n_key = n_key, .sink = sink, .scratch = scratch, .n_tok = 1,
-        .n_head = HEADS, .d_head = DIM, .d_rope = 2, .max_key = RANKS, .scale = 1.0f, .format = DSV4_KV_BF16);
+    RUN(attention, .out = got, .q = q, .keys = keys, .n_key = n_key, .sink = sink, .scratch = scratch,
+        .tickets = tickets, .n_tok = 1, .n_head = HEADS, .d_head = DIM, .d_rope = 2, .max_key = RANKS, .scale = 1.0f, .format = DSV4_KV_BF16);
     same("fading", got, want, HEADS * DIM, 2);
     free(ref_scratch);
     check_reset();
@@ -88,7 +103,7 @@ void check_attention(void) {
         fading((float)gap);
     for (int i = 0; i < 40; i++) {
         enum check_kind kind = i % 3 ? CHECK_NORMAL : (enum check_kind)check_below(CHECK_KINDS);
-        attention(between(1, 3), between(1, 20), 64 * between(0, 3), 2 * between(1, 20), between(1, 300), i % 16, kind);
+        attention(i % 8 ? between(1, 3) : between(9, 10), between(1, 20), 64 * between(0, 3), 2 * between(1, 20), between(1, 300), i % 16, kind);
     }
     attention(1, 64, 448, 64, 200, 0, CHECK_NORMAL);
 }

@@ -11,7 +11,8 @@ enum { ENTRY_BLOCKS = 6, RATIO = 4 };
 
 static void scores(int32_t n_head, int32_t d, int32_t top_k, int nan) {
     enum { TOKENS = 3 };
-    const int32_t entries = between(1, ENTRY_BLOCKS * DSV4_CUDA_BLOCK_ROWS), max_entry = entries + between(0, 200);
+    const int32_t entries = between(1, ENTRY_BLOCKS * DSV4_CUDA_BLOCK_ROWS);
+    const int32_t max_entry = check_below(4) ? entries + between(0, 200) : 8200; /* the larger blocks */
     size_t row = dsv4_index_row_bytes(d);
     uint8_t *q = check_bytes((size_t)(TOKENS * n_head) * row), **blocks = check_aligned(ENTRY_BLOCKS * sizeof *blocks, 8);
     dsv4_bf16 *head_w = check_aligned(2 * (size_t)(TOKENS * n_head), 2);
@@ -39,7 +40,9 @@ static void scores(int32_t n_head, int32_t d, int32_t top_k, int nan) {
     check_fill_bf16(head_w, (size_t)(TOKENS * n_head), CHECK_NORMAL);
     memset(got, 0, 4 * (size_t)(TOKENS * max_entry));
     memset(want, 0, 4 * (size_t)(TOKENS * max_entry));
-    int found = 0;
+    int found = 0, chosen = (int)check_below(3);
+    int32_t *tickets = check_aligned(4 * TOKENS, 4);
+    memset(tickets, 0, 4 * TOKENS);
     *bad = 9;
     for (int32_t t = 0; t < TOKENS; t++) {
         piece_of[t] = 1;
@@ -54,15 +57,18 @@ static void scores(int32_t n_head, int32_t d, int32_t top_k, int nan) {
         for (int32_t i = 0; i < n; i++)
             found |= want[t * max_entry + i] != want[t * max_entry + i];
     }
-    RUN(scores, .pass = {.states = states, .piece_of = piece_of, .positions = positions, .n_piece = 2, .n_tok = TOKENS},
-        .scores = got, .q = q, .head_w = head_w, .bad = bad, .w_scale = 0.011f, .n_head = n_head, .d_index = d,
-        .ratio = RATIO, .top_k = top_k, .max_entry = max_entry, .layer = 4);
-    same("index_scores", got, want, (size_t)(TOKENS * max_entry), 4);
-    check_true(*bad == (found ? 4 : 9), "bad: got %d, a score is NaN: %d", *bad, found);
     memset(ids, 0x5a, 4 * (size_t)(TOKENS * top_k));
     memset(want_ids, 0x5a, 4 * (size_t)(TOKENS * top_k));
-    RUN(top_k, .ids = ids, .n_id = n_id, .scores = got, .positions = positions, .n_tok = TOKENS, .k = top_k,
-        .ratio = RATIO, .max_entry = max_entry);
+    struct dsv4_cuda_top_k_args choice = {.ids = ids, .n_id = n_id, .scores = got, .positions = positions, .n_tok = TOKENS,
+                                          .k = top_k, .ratio = RATIO, .max_entry = max_entry};
+    RUN(scores, .pass = {.states = states, .piece_of = piece_of, .positions = positions, .n_piece = 2, .n_tok = TOKENS},
+        .scores = got, .q = q, .head_w = head_w, .bad = bad, .w_scale = 0.011f, .n_head = n_head, .d_index = d,
+        .ratio = RATIO, .top_k = top_k, .max_entry = max_entry, .layer = 4, .tickets = tickets,
+        .choice = chosen ? &choice : NULL);
+    same("index_scores", got, want, (size_t)(TOKENS * max_entry), 4);
+    check_true(*bad == (found ? 4 : 9), "bad: got %d, a score is NaN: %d", *bad, found);
+    if (!chosen)
+        check_true(dsv4_cuda_top_k(&choice, NULL) == 0, "launch");
     for (int32_t t = 0; t < TOKENS; t++) {
         int32_t n = ref()->top_k(want_ids + t * top_k, want + t * max_entry, (positions[t] + 1) / RATIO, top_k, scratch);
         check_true(n_id[t] == n, "top_k: got %d ids, wanted %d", n_id[t], n);
@@ -98,6 +104,6 @@ static void top_k(int32_t n, int32_t k, int how) {
 void check_indexer(void) {
     for (int i = 0; i < 24; i++) {
         scores(between(1, 40), 32 << i % 4, between(1, i % 3 ? 60 : 300), i % 2);
-        top_k(between(1, i % 4 ? 700 : 5000), between(1, 600), i % 3);
+        top_k(between(1, i % 4 ? 700 : i % 8 ? 5000 : 12000), between(1, 600), i % 3);
     }
 }

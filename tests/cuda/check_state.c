@@ -214,9 +214,19 @@ static void keys(int kind) { /* 0 window alone, 1 all entries, 2 selected ones *
         for (int32_t j = 0; j < top_k; j++)
             selected[t * top_k + j] = between(0, BLOCKS * DSV4_CUDA_BLOCK_ROWS - 1);
     }
-    RUN(keys, .pass = pass, .keys = got, .n_key = n_key, .new_rows = rows, .selected = kind == 2 ? selected : NULL,
+    struct dsv4_cuda_keys_args list = {
+        .pass = pass, .keys = got, .n_key = n_key, .new_rows = rows, .selected = kind == 2 ? selected : NULL,
         .n_selected = kind == 2 ? n_selected : NULL, .top_k = top_k, .ratio = kind == 1 ? ratio : 0, .window = WINDOW,
-        .max_key = max_key, .kv_row = kv_row);
+        .max_key = max_key, .kv_row = kv_row};
+    const int32_t dim = (int32_t)kv_row / 2, heads = between(1, 20);
+    const size_t n_ticket = DSV4_CUDA_ATTENTION_TICKETS(pass.n_tok, heads);
+    int32_t *tickets = check_aligned(4 * n_ticket, 4);
+    dsv4_bf16 *q = check_aligned(2 * (size_t)(pass.n_tok * heads * dim), 2);
+    float *sink = check_aligned(4 * (size_t)heads, 4);
+    memset(tickets, 0, 4 * n_ticket);
+    RUN(attention, .out = q, .q = q, .list = &list, .sink = sink, .tickets = tickets,
+        .scratch = check_aligned(DSV4_CUDA_ATTENTION_SCRATCH(pass.n_tok, heads, max_key), 16), .n_tok = pass.n_tok,
+        .n_head = heads, .d_head = dim, .d_rope = 2, .max_key = max_key, .scale = 1.0f, .format = DSV4_KV_BF16);
     for (int32_t t = 0; t < pass.n_tok; t++) { /* as list_keys of csrc/model/attention.c */
         const struct dsv4_cuda_piece *p = &pieces[piece_of[t]];
         const struct dsv4_cuda_state *s = &states[piece_of[t]];

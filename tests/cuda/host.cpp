@@ -204,6 +204,10 @@ int __syncthreads_or(int predicate) {
     return any != 0;
 }
 
+unsigned dsv4_host_launches() {
+    return launches;
+}
+
 void dsv4_host_ticket(const int32_t *ticket) {
     tickets.insert(ticket);
 }

@@ -51,6 +51,8 @@ int dsv4_host_launch(void *stream, const dsv4_host_node &launch);
 
 void __syncthreads();
 int __syncthreads_or(int predicate);
+// Kernels executed so far.
+unsigned dsv4_host_launches();
 // A counter that must be zero before and after each launch.
 void dsv4_host_ticket(const int32_t *ticket);
 // Blocks run one after the other: what one wrote the next one sees.

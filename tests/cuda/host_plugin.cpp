@@ -396,6 +396,11 @@ EXPORTED int host_captures(void) {
     return capturing != nullptr;
 }
 
+// Kernels executed so far.
+EXPORTED unsigned host_launches(void) {
+    return dsv4_host_launches();
+}
+
 // Calls of a function or an operation so far.
 EXPORTED int host_calls(const char *name) {
     return totals[name];
