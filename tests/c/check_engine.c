@@ -234,7 +234,7 @@ static void run_edited(dsv4_model *m, dsv4_edit *edit, const int32_t *ids, int c
     check_true(dsv4_session_edit(s, edit, NULL) == DSV4_OK, "edit");
     for (int at = 0; at < PROMPT; at += chunk) {
         int n = PROMPT - at < chunk ? PROMPT - at : chunk;
-        struct dsv4_segment seg = {s, ids + at, logits + (size_t)at * VOCAB, NULL, NULL, n, DSV4_LOGITS_ALL, NULL};
+        struct dsv4_segment seg = {.session = s, .ids = ids + at, .logits = logits + (size_t)at * VOCAB, .n = n, .want = DSV4_LOGITS_ALL};
         dsv4_error err;
         dsv4_status status = step(m, &seg, 1, &err);
         check_true(status == DSV4_OK, "step: %s", status == DSV4_OK ? "" : err.message);
@@ -259,9 +259,9 @@ static void check_neighbours(dsv4_model *m, const int32_t *ids, const float *wan
     struct dsv4_segment segments[5];
     for (int i = 0; i < 5; i++) {
         dsv4_session *s = session(m);
-        struct dsv4_segment warm = {s, ids, NULL, NULL, NULL, AT[i], DSV4_LOGITS_NONE, NULL};
+        struct dsv4_segment warm = {.session = s, .ids = ids, .n = AT[i], .want = DSV4_LOGITS_NONE};
         check_true(step(m, &warm, 1, NULL) == DSV4_OK, "prompt");
-        segments[i] = (struct dsv4_segment){s, ids + AT[i], got[i], NULL, NULL, 1, DSV4_LOGITS_LAST, NULL};
+        segments[i] = (struct dsv4_segment){.session = s, .ids = ids + AT[i], .logits = got[i], .n = 1, .want = DSV4_LOGITS_LAST};
     }
     check_true(step(m, segments, 5, NULL) == DSV4_OK, "batch");
     for (int i = 0; i < 5; i++) {
@@ -274,11 +274,11 @@ static void check_neighbours(dsv4_model *m, const int32_t *ids, const float *wan
 static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
     dsv4_session *s = session(m);
     float got[VOCAB];
-    struct dsv4_segment first = {s, ids, NULL, NULL, NULL, 20, DSV4_LOGITS_NONE, NULL};
+    struct dsv4_segment first = {.session = s, .ids = ids, .n = 20, .want = DSV4_LOGITS_NONE};
     check_true(step(m, &first, 1, NULL) == DSV4_OK, "prompt");
     int cancelled = 0;
     for (int i = 0; i < 30; i++) {
-        struct dsv4_segment seg = {s, ids + 3, NULL, NULL, NULL, 40, DSV4_LOGITS_NONE, NULL};
+        struct dsv4_segment seg = {.session = s, .ids = ids + 3, .n = 40, .want = DSV4_LOGITS_NONE};
         dsv4_run *run;
         dsv4_error err;
         check_true(dsv4_step_start(&run, m, &seg, 1, NULL, &err) == DSV4_OK, "start");
@@ -291,7 +291,7 @@ static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
         check_true(dsv4_session_position(s) == 20, "the position stays");
     }
     int32_t bad[] = {1, VOCAB};
-    struct dsv4_segment wrong = {s, bad, NULL, NULL, NULL, 2, DSV4_LOGITS_NONE, NULL};
+    struct dsv4_segment wrong = {.session = s, .ids = bad, .n = 2, .want = DSV4_LOGITS_NONE};
     struct dsv4_segment twice[2] = {wrong, wrong};
     wrong.n = 0;
     check_true(step(m, &wrong, 1, NULL) == DSV4_E_ARGUMENT, "an empty segment is refused");
@@ -300,7 +300,7 @@ static void check_atomic(dsv4_model *m, const int32_t *ids, const float *want) {
     bad[1] = 2;
     check_true(step(m, twice, 2, NULL) == DSV4_E_ARGUMENT, "a session twice is refused");
     for (int at = 20; at < PROMPT; at++) {
-        struct dsv4_segment seg = {s, ids + at, got, NULL, NULL, 1, DSV4_LOGITS_LAST, NULL};
+        struct dsv4_segment seg = {.session = s, .ids = ids + at, .logits = got, .n = 1, .want = DSV4_LOGITS_LAST};
         check_true(step(m, &seg, 1, NULL) == DSV4_OK, "decode");
         same("after cancelled steps", got, want + (size_t)at * VOCAB, VOCAB);
     }
@@ -367,11 +367,11 @@ static void check_edits(dsv4_model *m, const int32_t *ids, const float *plain, f
     dsv4_session *s = session(m), *fork;
     check_true(dsv4_session_edit(s, edit, NULL) == DSV4_OK, "edit");
     dsv4_edit_release(edit);
-    struct dsv4_segment seg = {s, ids, got, NULL, NULL, 11, DSV4_LOGITS_ALL, NULL};
+    struct dsv4_segment seg = {.session = s, .ids = ids, .logits = got, .n = 11, .want = DSV4_LOGITS_ALL};
     check_true(step(m, &seg, 1, NULL) == DSV4_OK, "edited step");
     check_true(dsv4_session_fork(&fork, s, DSV4_NOW, 0, NULL) == DSV4_OK, "fork");
     dsv4_session_destroy(s);
-    seg = (struct dsv4_segment){fork, ids + 11, got + (size_t)11 * VOCAB, NULL, NULL, PROMPT - 11, DSV4_LOGITS_ALL, NULL};
+    seg = (struct dsv4_segment){.session = fork, .ids = ids + 11, .logits = got + (size_t)11 * VOCAB, .n = PROMPT - 11, .want = DSV4_LOGITS_ALL};
     check_true(step(m, &seg, 1, NULL) == DSV4_OK, "edited fork");
     same("edited fork", got, want, (size_t)PROMPT * VOCAB);
     dsv4_session_destroy(fork);
@@ -430,7 +430,7 @@ static void check_nonfinite(struct file *f, const int32_t *ids) {
     check_true(load(&m, f, 2, 0, 0, &err) == DSV4_OK, "NaN codes load");
     *code = kept;
     dsv4_session *s = session(m);
-    struct dsv4_segment seg = {s, ids, got, NULL, NULL, 9, DSV4_LOGITS_LAST, NULL};
+    struct dsv4_segment seg = {.session = s, .ids = ids, .logits = got, .n = 9, .want = DSV4_LOGITS_LAST};
     dsv4_status status = step(m, &seg, 1, &err);
     check_true(status == DSV4_E_NONFINITE && err.layer == 1, "NaN is found in layer 1, got %d: %s", err.layer,
                err.message);
@@ -480,7 +480,7 @@ static void check_shrunk(const struct file *f, const int32_t *ids) {
         if (strstr(f->names[i], "layers.2.ffn.experts.") && f->tensors[i].offset < first)
             first = f->tensors[i].offset;
     dsv4_session *s = session(m);
-    struct dsv4_segment seg = {s, ids, NULL, NULL, NULL, 1, DSV4_LOGITS_NONE, NULL};
+    struct dsv4_segment seg = {.session = s, .ids = ids, .n = 1, .want = DSV4_LOGITS_NONE};
     uint8_t *kept = malloc(f->size - first);
     check_true(kept && pread(fd, kept, f->size - first, (off_t)first) == (ssize_t)(f->size - first), "reading");
     check_true(ftruncate(fd, (off_t)first) == 0, "truncate");
