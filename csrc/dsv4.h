@@ -69,12 +69,15 @@ struct dsv4_options {
     int32_t use_mmap;               /* 0: read into owned memory */
     uint64_t expert_bytes;          /* with use_mmap: memory for routed experts, read from disk when chosen; 0: no limit */
     int32_t copy_to_nodes;          /* with use_mmap and several memory nodes: copy weights to where they are used */
-    int32_t use_cuda;               /* 1: the first CUDA device computes; weights are copied there */
+    int32_t use_cuda;               /* 1: CUDA devices compute; weights are copied there */
+    int32_t n_cuda_device;          /* with use_cuda: devices, each with some of the layers */
+    const int32_t *cuda_devices;    /* [n_cuda_device], as CUDA numbers them, each once, in the order of the layers */
     int32_t tensor_cores;           /* with use_cuda: prompts are computed on tensor cores, not with the CPU's sums */
-    uint64_t gpu_bytes;             /* with use_cuda: most bytes for weights, a pass and a session; 0: what is free */
+    uint64_t gpu_bytes;             /* with use_cuda: most bytes of each for weights, a pass and a session; 0: what is free */
     const int32_t *hot;             /* [n_hot] layer * experts + expert: those to have on the device first; or NULL */
     int32_t n_hot;
     const char *cuda_plugin, *cuda_driver; /* with use_cuda: as for dsv4_devices */
+    const char *nccl;               /* with several devices: NCCL's library, a file or a name for dlopen */
     const char *root;               /* where /sys and /proc are found, for tests; NULL: this machine's */
     const char *disable;            /* instruction sets not to use, comma-separated, or NULL */
     /* bytes scanned, at least every 50 ms, then those copied to each GPU; from the calling thread; non-zero cancels
@@ -150,6 +153,23 @@ struct dsv4_plugin_facts {
  */
 dsv4_status dsv4_devices(struct dsv4_device_facts *out, int32_t capacity, int32_t *n, struct dsv4_plugin_facts *facts,
                          const char *plugin, const char *driver, dsv4_error *err);
+
+/* Layers [first, end) of a model and where they are computed. */
+struct dsv4_stage {
+    int32_t device, first, end;
+    uint64_t weight_bytes; /* of that device, like the other */
+    uint64_t work_bytes;   /* of the buffers of a pass */
+};
+
+/* Fills up to `capacity` stages in the order of the layers; returns how many there are: 0 on the CPU. */
+int32_t dsv4_model_stages(const dsv4_model *model, struct dsv4_stage *out, int32_t capacity);
+
+/*
+ * How layers are cut into n stages: at ends[i] the i-th one ends, each has at least one, and the largest share of its room
+ * that a stage takes, its layers' bytes and `each` over rooms[i], is as small as it can be.  n <= n_layer.
+ */
+dsv4_status dsv4_split_layers(int32_t *ends, const uint64_t *bytes, int32_t n_layer, uint64_t each, const uint64_t *rooms,
+                              int32_t n, dsv4_error *err);
 
 /* ------------------------------------------------------------------------------------------------ memory of a device */
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import dsv4
 from dsv4 import batch_command
+from dsv4.device_names import numbers
 from dsv4.errors import (
     BackendUnavailable,
     DeviceError,
@@ -140,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("path", nargs="?", metavar="PATH", help="by default the model inside dsv4")
     info.add_argument("--context", type=int, metavar="N", help="tokens per sequence")
     info.add_argument("--batch", type=int, default=1, metavar="N", help="sequences")
+    info.add_argument("--device", default="cpu", type=_device, metavar="DEVICE",
+                      help="where they are to be: cpu, cuda, cuda:1, or cuda:0,1")
     _add_memory_argument(info)
     info.set_defaults(run=_info)
 
@@ -173,7 +176,8 @@ def _add_model_arguments(command: argparse.ArgumentParser, *memory: str) -> None
                          "inside dsv4")
     command.add_argument("--threads", type=int, metavar="N", help="by default one per core")
     command.add_argument("--numerics", default="official", choices=("official", "weights"))
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.add_argument("--device", default="auto", metavar="DEVICE", type=_device,
+                         help="auto, cpu, cuda, a GPU as in cuda:1, or several as in cuda:0,1")
     command.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
     _add_memory_argument(command, *memory)
 
@@ -183,6 +187,15 @@ def _add_memory_argument(command: argparse.ArgumentParser, *more: str) -> None:
         "--memory", *more, type=_bytes, metavar="SIZE", help="use at most so many bytes (24G is "
         "24 GiB); by default what is free.  Routed experts beyond that are read from disk when "
         "chosen")
+
+
+def _device(text: str) -> str:
+    """The name of a device."""
+    try:
+        numbers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
+    return text
 
 
 def _bytes(text: str) -> int:
@@ -322,7 +335,7 @@ def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
 
     path = str(DEFAULT_MODEL) if args.path is None else args.path
     free = memory.available_memory()
-    needs = dsv4.plan(path, args.context, args.batch, memory=args.memory or free)
+    needs = dsv4.plan(path, args.context, args.batch, args.device, memory=args.memory or free)
     config = asdict(needs.config)
     facts: dict[str, Any] = {
         "path": path, "kind": f"{needs.config.num_hidden_layers} layers, from its config alone",

@@ -2,19 +2,23 @@
 """The GPUs of this machine, and why there are none.
 
 The CUDA half of dsv4 is a shared library beside the module, built where nvcc was found.  It is
-loaded when a device is asked for, never by an import.
+loaded when a device is asked for, never by an import.  NCCL, which connects devices, is looked for
+when a model uses several.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dsv4 import _core
+from dsv4.device_names import numbers
 from dsv4.errors import BackendUnavailable, DeviceError
 from dsv4.memory import size
 
 PLUGIN = Path(__file__).parent / "lib" / "libdsv4_cuda.so"
 DRIVER = "libcuda.so.1"
+NCCL = "libnccl.so.2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ def choose(device: object) -> tuple[str, str | None]:
 
     Parameters
     ----------
-    device : "auto", "cpu" or "cuda"
+    device : str
+        As for `device_names.numbers`.
 
     Returns
     -------
@@ -88,7 +93,7 @@ def choose(device: object) -> tuple[str, str | None]:
     Raises
     ------
     BackendUnavailable
-        For "cuda", with the cause and what to do.
+        For "cuda" and numbers, with the cause and what to do.
     ValueError
         For another device.
 
@@ -97,16 +102,39 @@ def choose(device: object) -> tuple[str, str | None]:
     >>> choose("cpu")
     ('cpu', None)
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: got {device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    wanted = numbers(device)
     if device == "cpu":
         return "cpu", None
-    state = find().state
-    if state == "ready":
+    found = find()
+    why = None if found.state == "ready" else found.state
+    for number in wanted or (0,):
+        if why is None and number >= len(found.devices):
+            there = "1 GPU, 0" if len(found.devices) == 1 else (
+                f"{len(found.devices)} GPUs, 0 to {len(found.devices) - 1}")
+            why = (f"CUDA: device {number}: there is no such one among {there}; see whether "
+                   "nvidia-smi lists it, and whether CUDA_VISIBLE_DEVICES hides it")
+        why = why or found.devices[number].why
+    if why is None:
         return "cuda", None
-    if device == "cuda":
-        raise BackendUnavailable(state)
-    return "cpu", state
+    if wanted:
+        raise BackendUnavailable(why)
+    return "cpu", why
+
+
+def nccl() -> str:
+    """NCCL's library: that of NVIDIA's Python package where it is installed, else a name for the
+    system's loader.
+
+    Examples
+    --------
+    >>> nccl().endswith("libnccl.so.2")
+    True
+    """
+    for folder in sys.path:
+        library = Path(folder, "nvidia", "nccl", "lib", NCCL)
+        if library.is_file():
+            return str(library)
+    return NCCL
 
 
 def find() -> Devices:

@@ -17,6 +17,7 @@ import numpy as np
 from dsv4 import _core, devices, hub, placement
 from dsv4.checkpoint import Checkpoint, TensorInfo
 from dsv4.config import Config
+from dsv4.device_names import named, numbers
 from dsv4.errors import BackendUnavailable, DeviceError, FormatError
 from dsv4.files import Folder
 from dsv4.memory import check_bytes, fitting, plan
@@ -28,7 +29,7 @@ from dsv4.tokenizer import TOKENIZER_FILE, Tokenizer
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 MAX_THREADS = 4096
 CHECK_PROMPT = tuple(range(5, 18))  # of a device: windows of 4 close in it
-_checked: set[str] = set()  # plugins whose device gave the CPU's bits
+_checked: set[tuple[str, ...]] = set()  # plugins and the devices that gave the CPU's bits together
 NUMERICS = {"official": 0, "weights": 1}
 # safetensors dtype -> enum dsv4_dtype of csrc/dsv4.h
 DTYPES = {"I64": 0, "I32": 1, "F32": 2, "F16": 3, "BF16": 4, "F8_E4M3": 5, "F8_E8M0": 6, "F4": 7}
@@ -51,10 +52,12 @@ def load(
     path : path or str, optional
         A checkpoint folder, or a hub id such as "deepseek-ai/DeepSeek-V4-Flash".  Without it, the
         small model inside the package.
-    device : "auto", "cpu" or "cuda"
-        Where it runs.  "auto" uses the CPU where there is no usable GPU, and `repr` of the model
-        says why.  A GPU gives the CPU's bits; traces, edits and layers called alone are computed on
-        the CPU beside it.
+    device : str
+        Where it runs: "auto", "cpu", "cuda" (GPU 0), "cuda:1" (that GPU) or "cuda:0,1" (the layers
+        are split over these GPUs, in this order, so that the fullest is as empty as can be; this
+        needs NCCL).  "auto" is GPU 0, or the CPU where that cannot be used, and `repr` of the model
+        says why.  GPUs give the CPU's bits; traces, edits and layers called alone are computed on
+        the CPU beside them.
     threads : int, optional
         Threads of its team; by default DSV4_NUM_THREADS, then OMP_NUM_THREADS, then one per
         physical core this process may use.  It changes the speed, never a bit of the results.
@@ -70,10 +73,10 @@ def load(
         routed experts come from disk: those used most are kept, the others are read when they are
         chosen.  It changes the speed, never a bit of the results; `Model.plan` says what is kept.
     gpu_memory : int, optional
-        Most bytes of the GPU for weights, a step and one session of usual length; without it all
+        Most bytes of each GPU for weights, a step and one session of usual length; without it all
         that is free, but for a sixteenth (at most 4 GiB) that is left to sessions.  Routed experts
         that do not fit there stay in host memory: the CPU computes their rows, or they are uploaded
-        where a prompt has many.  Those that earlier runs used most are on the GPU
+        where a prompt has many.  Those that earlier runs used most are on a GPU
         (`dsv4.placement`).  It changes the speed, never a bit of the results.
     verify : "crc" or "sha256", optional
         Compare all weights with their checksums first (`dsv4.checksums`).
@@ -151,7 +154,7 @@ def load(
         with _Progress(str(folder)) as progress:
             core = _on_device(checkpoint, options, progress, device)
         if options["use_cuda"]:
-            needs = replace(needs, device="cuda", gpu_memory=gpu_memory,
+            needs = replace(needs, device=named(options["cuda_devices"]), gpu_memory=gpu_memory,
                             on_gpu=core.placement["experts_on_device"])
         model = Model(core, checkpoint, tokenizer, defaults, needs, options)
         uses.keep(model)
@@ -200,7 +203,8 @@ def _options(
         use_mmap=int(mmap is True), expert_bytes=0,
         copy_to_nodes=0, why_cpu=why_cpu, use_cuda=int(chosen == "cuda"), gpu_bytes=0,
         tensor_cores=int(exact is False),
-        cuda_plugin=str(devices.PLUGIN), cuda_driver=devices.DRIVER,
+        cuda_devices=numbers(device) or (0,), cuda_plugin=str(devices.PLUGIN),
+        cuda_driver=devices.DRIVER, nccl=devices.nccl(),
         disable=os.environ.get("DSV4_CPU_DISABLE") or None,
     )
 
@@ -252,7 +256,7 @@ def _on_device(
             if options["expert_bytes"]:
                 raise MemoryError("CUDA: routed experts from disk run on the CPU alone; use "
                                   "device='cpu', or more memory")
-            _check_device(options)
+            _check_devices(options)
         return engine(checkpoint, options, progress)
     except (BackendUnavailable, DeviceError, MemoryError) as error:
         if device != "auto" or not options["use_cuda"]:
@@ -274,39 +278,49 @@ class _Uses:
 
     def keep(self, model: Model) -> None:
         """Have them saved when the model is closed, if some of its experts are not on the GPU."""
-        if model.plan.experts_on_gpu < model.plan.experts and model.device == "cuda":
+        if model.plan.experts_on_gpu < model.plan.experts and model.device != "cpu":
             model._keep_uses = weakref.finalize(
                 model, placement.save, model._core, self.key, self.shape, self.chosen, os.getpid())
 
 
-def _check_device(options: dict[str, Any]) -> None:
-    """DeviceError unless the device gives the CPU's bits for the model inside the package.
+def _check_devices(options: dict[str, Any]) -> None:
+    """DeviceError unless each device, and all of them together, give the CPU's bits for the model
+    inside the package.
 
     A prompt and a token behind it, which go through kernels of every kind; once in a process.
     """
-    plugin = options["cuda_plugin"]
-    if plugin in _checked:
-        return
-    given = []
+    plugin, gpus = options["cuda_plugin"], options["cuda_devices"]
     with Checkpoint.open(DEFAULT_MODEL) as small:
-        for use_cuda in (0, 1):
-            core = engine(small, options | {
-                "use_cuda": use_cuda, "expert_bytes": 0, "tensor_cores": 0, "gpu_bytes": 0,
-                "hot": None})
-            try:
-                session = _core.Session(core, 0)
-                for ids in CHECK_PROMPT, CHECK_PROMPT[:1]:
-                    ((logits, _),) = core.step([(session, np.array(ids, np.int32), 1, None)], None)
-                    assert logits is not None
-                    given.append(logits.tobytes())
-                session.close()
-            finally:
-                core.close()
-    if given[:2] != given[2:]:
-        raise DeviceError(
-            "CUDA: this device gives other numbers than the CPU for the model inside the package, "
-            "where every bit should be the same; use device='cpu', and please report it")
-    _checked.add(plugin)
+        most = small.config.num_hidden_layers
+        groups = [(gpu,) for gpu in gpus]
+        groups += [gpus[i:i + most] for i in range(0, len(gpus) - 1, most - 1)]
+        groups = [group for group in groups if (plugin, *map(str, group)) not in _checked]
+        right = _check_logits(small, options | {"use_cuda": 0}) if groups else b""
+        for group in groups:
+            if _check_logits(small, options | {"cuda_devices": group}) != right:
+                which = f"device {group[0]} gives" if len(group) == 1 else (
+                    f"devices {', '.join(map(str, group))} together give")
+                raise DeviceError(
+                    f"CUDA: {which} other numbers than the CPU for the model inside the package, "
+                    "where every bit should be the same; use device='cpu', and please report it")
+            _checked.add((plugin, *map(str, group)))
+
+
+def _check_logits(checkpoint: Checkpoint, options: dict[str, Any]) -> bytes:
+    """The bits of CHECK_PROMPT's last logits and those of a token behind it."""
+    given = b""
+    core = engine(checkpoint, options | {
+        "expert_bytes": 0, "tensor_cores": 0, "gpu_bytes": 0, "hot": None})
+    try:
+        session = _core.Session(core, 0)
+        for ids in CHECK_PROMPT, CHECK_PROMPT[:1]:
+            ((logits, _),) = core.step([(session, np.array(ids, np.int32), 1, None)], None)
+            assert logits is not None
+            given += logits.tobytes()
+        session.close()
+    finally:
+        core.close()
+    return given
 
 
 def engine(

@@ -15,19 +15,19 @@ import math
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv4 import hub
+from dsv4 import _core, hub
 from dsv4.checkpoint import Checkpoint
 from dsv4.config import CSA_RATIO, Config
+from dsv4.device_names import named, numbers
 from dsv4.layout import FP8, OFFICIAL, expected
 from dsv4.shard import DTYPE_BITS
 
-DEVICES = ("cpu", "cuda")
 # tokens per pass, as the engine picks them: enough for an expert to see so many, within limits
 TOKENS_PER_EXPERT, MIN_CHUNK, MAX_CHUNK = 48, 512, 4096
 BF16, F32 = 2, 4
@@ -48,6 +48,33 @@ PARTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers that are computed on one GPU.
+
+    Attributes
+    ----------
+    device : int
+        CUDA's number of it.
+    first, end : int
+        Layers first to end - 1; the first stage has the embedding too, the last one the head.
+    weight_bytes, work_bytes : int
+        Their weights, and a step's intermediate values, which each GPU has.
+    """
+
+    device: int
+    first: int
+    end: int
+    weight_bytes: int
+    work_bytes: int
+
+    def __str__(self) -> str:
+        layers = f"layers {self.first} to {self.end - 1}"
+        if self.end == self.first + 1:
+            layers = f"layer {self.first}"
+        return f"{layers}, {size(self.weight_bytes)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Bytes by part.  `str(plan)` is a table, `as_dict()` the same for machines.
 
@@ -65,9 +92,12 @@ class Plan:
     memory : int or None
         Bytes it may use; None: as many as it needs.
     gpu_memory : int or None
-        Bytes of the GPU it may use, for device "cuda"; None: as many as it needs.
+        Bytes of each GPU it may use, for device "cuda"; None: as many as it needs.
     on_gpu : int or None
-        Of a model that is loaded: how many routed experts are on the GPU.
+        Of a model that is loaded: how many routed experts are on GPUs.
+    layers : tuple of int
+        Bytes of the tensors of each layer, with those of the embedding for the first and those of
+        the head for the last.
     """
 
     config: Config
@@ -80,6 +110,7 @@ class Plan:
     memory: int | None = None
     gpu_memory: int | None = None
     on_gpu: int | None = None
+    layers: tuple[int, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -135,10 +166,28 @@ class Plan:
         return rest + min(MARGIN, rest // 16)
 
     @property
+    def gpus(self) -> tuple[int, ...]:
+        """Numbers of the GPUs, in the order of their layers; none for device "cpu"."""
+        return numbers(self.device)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """How the layers are split over the GPUs: the largest share of its memory that one of them
+        needs for weights and workspace is as small as it can be.  They count as equally large here;
+        `load` goes by what is free on each."""
+        if not self.gpus:
+            return ()
+        room = self.gpu_memory or 1 << 40
+        ends = _core.split(list(self.layers), self.workspace, [room] * len(self.gpus))
+        return tuple(
+            Stage(gpu, first, end, sum(self.layers[first:end]), self.workspace)
+            for gpu, first, end in zip(self.gpus, [0, *ends], ends, strict=False))
+
+    @property
     def places(self) -> dict[str, dict[str, int]]:
         """Bytes by place and part, for device "cuda": the GPU has all but the routed experts that
         `gpu_memory` leaves no room for and the draft blocks, which are not run."""
-        if self.device != "cuda":
+        if not self.gpus:
             return {}
         weights = self.weights
         kept = weights["routed experts"] * self.experts_on_gpu // self.experts
@@ -146,7 +195,7 @@ class Plan:
         gpu = {
             "weights each token reads": self.always_read, "embedding": weights["embedding"],
             "routed experts": kept, "experts on their way": way, "state": self.state_bytes,
-            "workspace": self.workspace + GPU_SCRATCH,
+            "workspace": len(self.gpus) * (self.workspace + GPU_SCRATCH),
         }
         return {"gpu": gpu, "host": {"routed experts": weights["routed experts"] - kept}}
 
@@ -154,11 +203,12 @@ class Plan:
     def experts_on_gpu(self) -> int:
         """Routed experts that `gpu_memory` has room for beside all else; those that are there, of a
         model that is loaded."""
-        if self.device != "cuda":
+        if not self.gpus:
             return 0
         if self.on_gpu is not None:
             return self.on_gpu
-        room = None if self.gpu_memory is None else self.gpu_memory - self.gpu_always
+        room = None if self.gpu_memory is None else (
+            len(self.gpus) * self.gpu_memory - self.gpu_always)
         if room is None or room >= self.weights["routed experts"]:
             return self.experts
         each = -(-self.weights["routed experts"] // self.experts)
@@ -166,17 +216,17 @@ class Plan:
 
     @property
     def gpu_on_the_way(self) -> int:
-        """Bytes on the GPU for experts that are not there: two slots, their tables, counters."""
-        if self.device != "cuda" or self.on_gpu == self.experts:
+        """Bytes on the GPUs for experts that are not there: two slots, their tables, counters."""
+        if not self.gpus or self.on_gpu == self.experts:
             return 0
         c, each = self.config, -(-self.weights["routed experts"] // self.experts)
         tables = 2 * 3 * (c.n_routed_experts + 1) * c.num_hidden_layers * EXPERT_ENTRY
-        return 2 * each + tables + 8 * self.experts
+        return len(self.gpus) * (2 * each + tables + 8 * self.experts)
 
     @property
     def gpu_always(self) -> int:
-        """Bytes that are on the GPU whatever `gpu_memory` is."""
-        rest = self.state_bytes + self.workspace + GPU_SCRATCH
+        """Bytes that are on the GPUs whatever `gpu_memory` is."""
+        rest = self.state_bytes + len(self.gpus) * (self.workspace + GPU_SCRATCH)
         return self.always_read + self.weights["embedding"] + rest
 
     @property
@@ -217,7 +267,8 @@ class Plan:
             always_read=self.always_read, experts=self.experts,
             experts_in_memory=self.experts_in_memory, disk_per_token=list(self.disk_per_token),
             **(dict(gpu_memory=self.gpu_memory, experts_on_gpu=self.experts_on_gpu,
-                    places=self.places) if self.device == "cuda" else {}),
+                    places=self.places, stages=[asdict(stage) for stage in self.stages])
+               if self.gpus else {}),
         )
 
     def _disk_rows(self) -> list[tuple[str, int]]:
@@ -242,8 +293,11 @@ class Plan:
             rows += [("memory to use", self.memory), *self._disk_rows()]
         for place, parts in self.places.items():
             rows += [(f"on the {place}", sum(parts.values())), *_indented(parts)]
-        if self.experts_on_gpu < self.experts and self.device == "cuda":
-            rows += [("GPU memory to use", self.gpu_memory or 0)]
+        if len(self.gpus) > 1:
+            rows += [(f"weights of GPU {s.device}: layers {s.first} to {s.end - 1}", s.weight_bytes)
+                     for s in self.stages]
+        if self.gpus and self.experts_on_gpu < self.experts:
+            rows += [("GPU memory to use", len(self.gpus) * (self.gpu_memory or 0))]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {size(n):>10}" for name, n in rows)
 
@@ -264,13 +318,14 @@ def plan(
         Tokens per sequence; the model's longest by default.
     batch : int
         Sequences at the same time.
-    device : "cpu" or "cuda"
-        Where they are to be.
+    device : str
+        Where they are to be: "cpu", "cuda", "cuda:1", or "cuda:0,1" as for `load`.
     memory : int, optional
         Bytes it may use.  If it needs more, the plan says how many routed experts stay in memory
         and how much is read from disk; without it, all is counted as in memory.
     gpu_memory : int, optional
-        Bytes of the GPU it may use, with device "cuda".  `Plan.places` says what lies where.
+        Bytes of each GPU it may use, with device "cuda".  `Plan.places` says what lies where,
+        `Plan.stages` which layers are on which GPU.
     workspace : function of (Config, batch), optional
         Bytes of a step's intermediate values; `step_workspace` by default.
 
@@ -290,7 +345,7 @@ def plan(
     >>> small.experts_in_memory < small.experts
     False
     """
-    config, weights = _weights(path)
+    config, weights, layers = _weights(path)
     limit = config.max_position_embeddings
     context = limit if context is None else context
     for name, got, high in (("context", context, limit), ("batch", batch, 1 << 20)):
@@ -298,16 +353,21 @@ def plan(
             raise ValueError(f"{name}: got {got!r}, wanted an integer from 1 to {high}")
     if memory is not None:
         memory = check_bytes(memory, "memory")
-    if device not in DEVICES:
-        raise ValueError(f"device: got {device!r}, wanted one of {', '.join(DEVICES)}")
+    if device == "auto":
+        raise ValueError("device: got 'auto', wanted 'cpu', 'cuda' or GPUs by number")
+    gpus = numbers(device)
+    if len(gpus) > config.num_hidden_layers:
+        raise ValueError(f"device: got {len(gpus)} GPUs, wanted at most "
+                         f"{config.num_hidden_layers}: each has at least one layer")
     if gpu_memory is not None:
         gpu_memory = check_bytes(gpu_memory, "gpu_memory")
-        if device != "cuda":
+        if not gpus:
             raise ValueError(f"gpu_memory: got {gpu_memory} with device={device!r}, wanted 'cuda'")
     return Plan(
         config=config, weights=weights, state=state_bytes(config, context),
         workspace=(workspace or step_workspace)(config, batch), context=context, batch=batch,
-        device=device, memory=memory, gpu_memory=gpu_memory,
+        device=named(gpus) if gpus else "cpu", memory=memory, gpu_memory=gpu_memory,
+        layers=layers,
     )
 
 
@@ -389,23 +449,37 @@ def part_of(name: str) -> str:
     return "norms"
 
 
-def _weights(path: str | os.PathLike[str] | Config) -> tuple[Config, dict[str, int]]:
-    weights = dict.fromkeys(PARTS, 0)
+def _weights(path: str | os.PathLike[str] | Config) -> tuple[
+        Config, dict[str, int], tuple[int, ...]]:
+    """The config; bytes by part, and by layer."""
     if not isinstance(path, Config):
         folder = hub.resolve(path, weights=False)
         if not hub.is_repo_id(path) and folder.is_dir():
             with Checkpoint.open(folder) as checkpoint:
-                for info in checkpoint.tensors.values():
-                    weights[part_of(info.name)] += info.nbytes
-                return checkpoint.config, weights
+                sizes = {info.name: info.nbytes for info in checkpoint.tensors.values()}
+                return checkpoint.config, *_by_part_and_layer(sizes, checkpoint.config)
         path = Config.from_json(folder)
     blocks = len(path.compress_ratios) - path.num_hidden_layers
     formats = OFFICIAL._replace(expert=FP8) if path.expert_dtype == "fp8" else OFFICIAL
     draft = "dspark" if path.dspark_block_size else "mtp"
+    sizes = {}
     for name, (dtypes, shape) in expected(path, draft, blocks, formats).items():
         (dtype,) = dtypes
-        weights[part_of(name)] += math.prod(shape) * DTYPE_BITS[dtype] // 8
-    return path, weights
+        sizes[name] = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    return path, *_by_part_and_layer(sizes, path)
+
+
+def _by_part_and_layer(
+    sizes: dict[str, int], config: Config
+) -> tuple[dict[str, int], tuple[int, ...]]:
+    parts, layers = dict.fromkeys(PARTS, 0), [0] * config.num_hidden_layers
+    for name, nbytes in sizes.items():
+        parts[part_of(name)] += nbytes
+        if name.startswith("layers."):
+            layers[int(name.split(".", 2)[1])] += nbytes
+        elif not name.startswith("mtp."):
+            layers[0 if name.startswith("embed.") else -1] += nbytes
+    return parts, tuple(layers)
 
 
 def check_bytes(value: object, name: str) -> int:

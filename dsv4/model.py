@@ -23,8 +23,9 @@ from dsv4.arrays import (
     wanted_rows,
 )
 from dsv4.checkpoint import Checkpoint
+from dsv4.device_names import named
 from dsv4.layers import Layer, Layers
-from dsv4.memory import Plan, size
+from dsv4.memory import Plan, Stage, size
 from dsv4.prefixes import SharedPrefixes
 from dsv4.session import CHECKPOINTS, Session, check_checkpoints, edited, forked
 from dsv4.tensors import Tensors
@@ -54,8 +55,10 @@ class Model:
         The folder it was loaded from.
     kind : str
         What it is, in one line.
-    device : "cpu" or "cuda"
-        Where steps run.
+    device : str
+        Where steps run: "cpu", or the GPUs as they were asked for ("cuda", "cuda:1", "cuda:0,1").
+    stages : tuple of Stage
+        Which layers are on which GPU; empty on the CPU.
     numerics : str
         "official" or "weights".
     exact : bool
@@ -80,7 +83,10 @@ class Model:
         self.path = checkpoint.folder
         self.kind = checkpoint.kind
         self.numerics = "weights" if options["numerics"] else "official"
-        self.device: Literal["cpu", "cuda"] = "cuda" if options["use_cuda"] else "cpu"
+        self.device = "cpu"
+        if options["use_cuda"]:
+            self.device = named(options["cuda_devices"])
+        self.stages = tuple(Stage(*stage) for stage in core.stages)
         self.exact = not (options["use_cuda"] and options["tensor_cores"])
         self._why_cpu: str | None = options["why_cpu"]
         self.plan = needs
@@ -571,12 +577,13 @@ class Model:
             ("runs on", f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, "
                         f"{self.numerics} numerics"
                         + ("" if self.exact else ", prompts on tensor cores")),
+            *((f"  GPU {s.device}", str(s)) for s in self.stages),
             *([("not on a GPU", self._why_cpu)] if self._why_cpu else []),
         ]
 
     def _kept(self) -> list[tuple[str, str]]:
         kept, n = self.plan.experts_in_memory, self.plan.experts
-        if self.device == "cuda" and self.plan.experts_on_gpu < n:
+        if self.device != "cpu" and self.plan.experts_on_gpu < n:
             return [("on the GPU", f"{self.plan.experts_on_gpu:,} of {n:,} routed experts; the "
                                    "others lie in host memory, where the CPU computes them")]
         if kept == n:

@@ -141,7 +141,8 @@ def fingerprint(model: "dsv4.Model") -> dict[str, Any]:
         words = hashlib.sha256(repr(model.tokenizer._token_of).encode()).hexdigest()
     numerics = model.numerics
     if not model.exact:  # inside an instruction the order of a sum is the architecture's
-        where = devices.find().devices[0].architecture
+        there = devices.find().devices
+        where = " and ".join(sorted({there[s.device].architecture for s in model.stages}))
         numerics = f"{numerics}, prompts on tensor cores of architecture {where}"
     return dict(
         config=json.loads(json.dumps(engine_config(model.config))), tensors=tensors.hexdigest(),

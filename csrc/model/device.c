@@ -342,9 +342,9 @@ static dsv4_status fit(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
     if (needed <= room)
         status = dsv4_beside_choose(d, room - needed, &least, err);
     if (status == DSV4_E_MEMORY)
-        return dsv4_fail(err, DSV4_E_MEMORY, "GPU memory: needed at least %.3f GiB (%.3f for weights that each token reads, "
-                         "%.3f for a pass, %.3f for sessions; routed experts may lie in host memory), %s %.3f GiB; use "
-                         "device='cpu', or a GPU with more memory", (double)(needed + least) / (1 << 30),
+        return dsv4_fail(err, DSV4_E_MEMORY, "GPU memory: needed at least %.3f GiB on device %d (%.3f for weights that each "
+                         "token reads, %.3f for a pass, %.3f for sessions; routed experts may lie in host memory), %s %.3f "
+                         "GiB; use device='cpu', or GPUs with more memory", (double)(needed + least) / (1 << 30), d->number,
                          (double)always / (1 << 30), (double)(d->pass_bytes + least) / (1 << 30),
                          (double)kept / (1 << 30), most && most < free_bytes ? "allowed" : "free",
                          (double)room / (1 << 30));
@@ -352,25 +352,48 @@ static dsv4_status fit(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
     return status;
 }
 
-dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most, dsv4_error *err) {
+dsv4_status dsv4_device_open(struct dsv4_device *d, dsv4_error *err) {
     const dsv4_model *m = d->model;
-    const struct dsv4_cuda_runtime *rt = &d->plugin->runtime;
     size_t n_layer = (size_t)m->config.num_hidden_layers;
     d->prompts = d->plugin->launches;
     d->prompts.linear = d->plugin->launches.linear_mma;
+    DSV4_TRY(dsv4_cuda_prepare(d->plugin, d->number, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
+    return dsv4_device_status(d, d->plugin->runtime.stream_create(&d->stream), "a stream", err);
+}
+
+dsv4_status dsv4_device_room(struct dsv4_device *d, uint64_t *room, dsv4_error *err) {
+    uint64_t most = d->model->options.gpu_bytes;
+    DSV4_TRY(dsv4_device_prepare(d, err));
+    DSV4_TRY(dsv4_cuda_status(d->plugin, d->plugin->runtime.free_bytes(room), "free memory of the device", err));
+    *room = most && most < *room ? most : *room;
+    return DSV4_OK;
+}
+
+uint64_t dsv4_device_layer_bytes(struct dsv4_device *d, int32_t layer) {
+    d->first_layer = layer;
+    d->end_layer = layer + 1;
+    return count(d, all_weights);
+}
+
+uint64_t dsv4_device_work_bytes(struct dsv4_device *d) {
+    return count(d, all_buffers) + dsv4_device_scratch_bytes(d->model);
+}
+
+dsv4_status dsv4_device_build(struct dsv4_device *d, dsv4_error *err) {
+    const dsv4_model *m = d->model;
     if (d->end_layer == m->config.num_hidden_layers) {
         DSV4_TRY(dsv4_arena_take(m->arena, &d->draws, dsv4_device_draw_bytes(m), 1, err));
         DSV4_TRY(dsv4_arena_take(m->arena, &d->drawn, dsv4_device_drawn_words(), sizeof *d->drawn, err));
     }
-    DSV4_TRY(fit(d, most, err));
-    DSV4_TRY(dsv4_device_status(d, rt->stream_create(&d->stream), "a stream", err));
+    DSV4_TRY(dsv4_device_prepare(d, err));
+    DSV4_TRY(fit(d, m->options.gpu_bytes, err));
     DSV4_TRY(dsv4_staging_create(d, err));
     DSV4_TRY(fill(d, &d->workspace, count(d, all_buffers), all_buffers, "memory for a pass", err));
     DSV4_TRY(dsv4_beside_build(d, err));
     DSV4_TRY(fill(d, &d->weights, d->weight_bytes, all_weights, "memory for weights", err));
     DSV4_TRY(clear_tickets(d, err));
-    return dsv4_device_status(d, rt->synchronize(d->stream), "copying weights", err);
+    return dsv4_device_status(d, d->plugin->runtime.synchronize(d->stream), "copying weights", err);
 }
 
 void dsv4_device_destroy(struct dsv4_device *d) {

@@ -14,6 +14,7 @@
 #define DSV4_DEVICE_H
 
 #include "backend/cuda.h"
+#include "backend/nccl.h"
 #include "model/pass.h"
 
 /* One layer, every pointer of the device; for the experts launch also the weights of all experts, [E + 1] each. */
@@ -143,17 +144,38 @@ struct dsv4_device {
 struct dsv4_pipeline {
     int32_t n;
     struct dsv4_device *stages; /* owned, [n] */
+    struct dsv4_nccl *nccl;     /* owned; NULL with one stage, or once a device is lost */
     dsv4_error dead;            /* code DSV4_OK, or why a device is lost: every later step fails with it */
 };
 
-/* pipeline.c: copies the weights.  DSV4_E_MEMORY with what is needed and what is free. */
-dsv4_status dsv4_pipeline_create(struct dsv4_pipeline **out, const dsv4_model *m, const struct dsv4_cuda_paths *paths,
-                                 uint64_t most_bytes, dsv4_error *err);
+enum { DSV4_STAGES = 64 };
+
+/* pipeline.c: by the model's options; copies the weights.  DSV4_E_MEMORY with what is needed and what is free. */
+dsv4_status dsv4_pipeline_create(struct dsv4_pipeline **out, const dsv4_model *m, dsv4_error *err);
 void dsv4_pipeline_destroy(struct dsv4_pipeline *p); /* NULL is legal */
 
-/* device.c: one stage, whose plugin, model, pipeline, number and layers are set.  Destroy is legal after a failed build. */
-dsv4_status dsv4_device_build(struct dsv4_device *d, uint64_t most_bytes, dsv4_error *err);
+/* Enqueues the copy of bytes from stage i - 1 to stage i, between all that is enqueued on the two before and after. */
+dsv4_status dsv4_pipeline_move(struct dsv4_pipeline *p, int32_t i, void *to, const void *from, uint64_t bytes,
+                               dsv4_error *err);
+/* Until all that is enqueued has ended, or a stage fails: then the others may wait for it without end, and destroy or
+ * abandon has to be next. */
+dsv4_status dsv4_pipeline_wait(struct dsv4_pipeline *p, const char *doing, dsv4_error *err);
+/* Whether all that is enqueued on this stage has ended, without waiting; errors of it, and of those that it may wait for. */
+dsv4_status dsv4_pipeline_ask(struct dsv4_device *d, int32_t *done, const char *doing, dsv4_error *err);
+/* Ends copies that wait for a stage that is lost. */
+void dsv4_pipeline_abandon(struct dsv4_pipeline *p);
+
+/* device.c: one stage, whose plugin, model, pipeline and number are set: opened, then (its layers known) built.  Destroy is
+ * legal after each, failed or not. */
+dsv4_status dsv4_device_open(struct dsv4_device *d, dsv4_error *err);
+dsv4_status dsv4_device_build(struct dsv4_device *d, dsv4_error *err);
 void dsv4_device_destroy(struct dsv4_device *d);
+
+/* Bytes it may use: what is free, at most the model's gpu_bytes. */
+dsv4_status dsv4_device_room(struct dsv4_device *d, uint64_t *room, dsv4_error *err);
+/* Bytes of the weights of one layer, with those of the embedding or the head for the first and last one; of the buffers. */
+uint64_t dsv4_device_layer_bytes(struct dsv4_device *d, int32_t layer);
+uint64_t dsv4_device_work_bytes(struct dsv4_device *d);
 
 /* Makes this stage's device the current one of the calling thread: before all that is done on it. */
 dsv4_status dsv4_device_prepare(struct dsv4_device *d, dsv4_error *err);

@@ -102,7 +102,7 @@ static dsv4_status wait_for_choices(const run *r) {
         dsv4_relax();
         if (look % LOOKS)
             continue;
-        DSV4_TRY(dsv4_device_status(r->d, r->d->plugin->runtime.stream_done(r->d->stream, &done), "a pass", r->err));
+        DSV4_TRY(dsv4_pipeline_ask(r->d, &done, "a pass", r->err));
         if (done && __atomic_load_n(sent, __ATOMIC_ACQUIRE) != b->number)
             return dsv4_device_status(r->d, 999, "the choices of a layer, which never came", r->err);
         sched_yield();
@@ -205,7 +205,8 @@ static dsv4_status rows(run *r, int32_t layer) {
 static dsv4_status begin(run *r) {
     struct dsv4_beside *b = r->d->beside;
     if (b->unsure) {
-        DSV4_TRY(dsv4_device_status(r->d, r->d->plugin->runtime.synchronize(r->d->stream), "a pass", r->err));
+        DSV4_TRY(dsv4_pipeline_wait(r->d->pipeline, "a pass", r->err));
+        DSV4_TRY(dsv4_device_prepare(r->d, r->err));
         b->number = *b->host.sent;
     }
     b->unsure = 1;

@@ -191,7 +191,8 @@ static void hand_out(const struct dsv4_device *d, const struct dsv4_wanted *want
 dsv4_status dsv4_device_head(struct dsv4_pass *p, const struct dsv4_wanted *wanted, int32_t n, uint32_t *drawn,
                              dsv4_error *err) {
     const struct dsv4_pipeline *stages = p->m->pipeline;
-    run r = {.d = &stages->stages[stages->n - 1], .p = p, .err = err}; /* still the current device */
+    run r = {.d = &stages->stages[stages->n - 1], .p = p, .err = err};
+    DSV4_TRY(dsv4_device_prepare(r.d, err));
     if (wanted != p->wanted || !r.d->rows.n) /* else they came with the pass */
         DSV4_TRY(run_head(&r, wanted, n));
     *drawn = drawn_rows(&r.d->rows);

@@ -150,7 +150,8 @@ void dsv4_device_sites_take(run *r) {
 /* The stage is full: the host takes what is in it. */
 static dsv4_status flush(run *r) {
     DSV4_TRY(dsv4_device_sites_end(r));
-    DSV4_TRY(dsv4_device_status(r->d, r->d->plugin->runtime.synchronize(r->d->stream), "a trace", r->err));
+    DSV4_TRY(dsv4_pipeline_wait(r->d->pipeline, "a trace", r->err));
+    DSV4_TRY(dsv4_device_prepare(r->d, r->err));
     dsv4_device_sites_take(r);
     return DSV4_OK;
 }

@@ -190,7 +190,8 @@ static size_t end_of_copies(const run *r, const struct layout *l) {
 /* --------------------------------------------------------------------------------------------------------------- a pass */
 
 static dsv4_status wait(const run *r) {
-    return dsv4_device_status(r->d, r->d->plugin->runtime.synchronize(r->d->stream), "a pass", r->err);
+    DSV4_TRY(dsv4_pipeline_wait(r->d->pipeline, "a pass", r->err));
+    return dsv4_device_prepare(r->d, r->err);
 }
 
 static void write_input(const run *r, const struct layout *l) {

@@ -194,8 +194,7 @@ static dsv4_status build(dsv4_model *m, const struct dsv4_shard_desc *shards, in
     m->options.tensor_cores &= m->options.use_cuda;
     if (!m->options.use_cuda)
         return DSV4_OK;
-    struct dsv4_cuda_paths paths = {m->options.cuda_plugin, m->options.cuda_driver};
-    return dsv4_pipeline_create(&m->pipeline, m, &paths, m->options.gpu_bytes, err);
+    return dsv4_pipeline_create(&m->pipeline, m, err);
 }
 
 dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config, const struct dsv4_shard_desc *shards,
@@ -211,7 +210,8 @@ dsv4_status dsv4_model_create(dsv4_model **out, const struct dsv4_config *config
     m->options.progress = NULL;
     m->options.disable = NULL;
     m->options.root = NULL;
-    m->options.cuda_plugin = m->options.cuda_driver = NULL;
+    m->options.cuda_plugin = m->options.cuda_driver = m->options.nccl = NULL;
+    m->options.cuda_devices = NULL;
     m->options.hot = NULL;
     if (status != DSV4_OK) {
         dsv4_model_destroy(m);

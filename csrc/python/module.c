@@ -128,6 +128,10 @@ static PyMethodDef module_methods[] = {
     {"memory_room", memory_room_function, METH_VARARGS,
      PyDoc_STR("memory_room(model, layer, /)\n--\n\n"
                "(CUDA's number, free bytes) of the GPU that computes a layer; None on the CPU.")},
+    {"split", split_function, METH_VARARGS,
+     PyDoc_STR("split(layers, each, rooms, /)\n--\n\n"
+               "Where each stage ends when layers of so many bytes are cut over devices with so "
+               "much room, each of which also holds `each` bytes.")},
     {"part", part_function, METH_VARARGS,
      PyDoc_STR("part(model, kind, layer, number, state, token_ids, inputs, /)\n--\n\n"
                "One part of a layer (enum dsv4_part_kind) on arrays: the outputs as a tuple.  "

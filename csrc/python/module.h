@@ -132,8 +132,10 @@ int fields_from_dict(void *out, const struct field *fields, size_t n, PyObject *
 /* _core.logprobs, a function of the module: log-softmax of rows of logits. */
 PyObject *logprobs_function(PyObject *module, PyObject *args);
 
-/* _core.devices, a function of the module: what the CUDA plugin finds (py_device.c). */
+/* py_device.c, functions of the module: _core.devices, what the CUDA plugin finds; _core.split. */
+enum { MAX_DEVICES = 64 }; /* those a model may use, too */
 PyObject *devices_function(PyObject *module, PyObject *args);
+PyObject *split_function(PyObject *module, PyObject *args);
 
 /* ---- errors ---- */
 

@@ -91,16 +91,18 @@ static const struct field option_fields[] = {
 struct load_args {
     struct dsv4_config config;
     struct dsv4_options options;
-    int32_t *ratios; /* owned, as the next four */
+    int32_t *ratios; /* owned, as the next five */
+    int32_t *cuda_devices;
     struct dsv4_shard_desc *shards;
     struct dsv4_tensor_desc *tensors;
     PyObject *shard_list, *tensor_list; /* tuples of tuples: they keep the strings */
-    PyObject *strings[3];               /* of the options, or NULL */
+    PyObject *strings[4];               /* of the options, or NULL */
     Py_buffer hot;                      /* of the options; obj NULL: none */
 };
 
 static void load_args_free(struct load_args *a) {
     PyMem_Free(a->ratios);
+    PyMem_Free(a->cuda_devices);
     PyMem_Free(a->shards);
     PyMem_Free(a->tensors);
     Py_XDECREF(a->shard_list);
@@ -133,11 +135,21 @@ static int parse_config(struct load_args *a, PyObject *dict) {
 }
 
 static int parse_options(struct load_args *a, PyObject *dict) {
-    static const char *const names[] = {"disable", "cuda_plugin", "cuda_driver"};
-    const char **fields[] = {&a->options.disable, &a->options.cuda_plugin, &a->options.cuda_driver};
+    static const char *const names[] = {"disable", "cuda_plugin", "cuda_driver", "nccl"};
+    const char **fields[] = {&a->options.disable, &a->options.cuda_plugin, &a->options.cuda_driver,
+                             &a->options.nccl};
     if (fields_from_dict(&a->options, option_fields, Py_ARRAY_LENGTH(option_fields), dict,
                          "options") < 0)
         return -1;
+    PyObject *devices = PyDict_GetItemString(dict, "cuda_devices"); /* borrowed */
+    if (!devices) {
+        PyErr_SetString(PyExc_ValueError, "options: no key cuda_devices");
+        return -1;
+    }
+    if (convert_ids(devices, "cuda_devices", INT32_MAX, &a->cuda_devices,
+                               &a->options.n_cuda_device) < 0)
+        return -1;
+    a->options.cuda_devices = a->cuda_devices;
     for (size_t i = 0; i < Py_ARRAY_LENGTH(a->strings); i++) {
         PyObject *value = PyDict_GetItemString(dict, names[i]); /* borrowed */
         if (!value || value == Py_None)
@@ -417,6 +429,26 @@ static PyObject *model_uses(ModelObject *self, PyObject *out) {
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
+static PyObject *model_stages(ModelObject *self, void *Py_UNUSED(closure)) {
+    PyObject *handle = open_handle(state_of(Py_TYPE(self)), self);
+    if (!handle)
+        return NULL;
+    struct dsv4_stage stages[MAX_DEVICES];
+    const int32_t n = dsv4_model_stages(handle_of(handle)->model, stages, MAX_DEVICES);
+    PyObject *list = PyList_New(n);
+    for (int32_t i = 0; list && i < n; i++) {
+        const struct dsv4_stage *s = &stages[i];
+        PyObject *item = Py_BuildValue("(iiiKK)", (int)s->device, (int)s->first, (int)s->end,
+                                       (unsigned long long)s->weight_bytes,
+                                       (unsigned long long)s->work_bytes);
+        if (!item)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, item);
+    }
+    return list;
+}
+
 static PyObject *model_closed(ModelObject *self, void *Py_UNUSED(closure)) {
     return PyBool_FromLong(self->handle == NULL);
 }
@@ -468,6 +500,10 @@ static PyGetSetDef model_getset[] = {
      PyDoc_STR("dict: struct dsv4_expert_counts."), NULL},
     {"placement", (getter)(void (*)(void))model_placement, NULL,
      PyDoc_STR("dict: struct dsv4_placement."), NULL},
+    {"stages", (getter)(void (*)(void))model_stages, NULL,
+     PyDoc_STR("list of (device, first layer, end layer, bytes of weights, bytes of a pass): on "
+               "GPUs."),
+     NULL},
     {"closed", (getter)(void (*)(void))model_closed, NULL, PyDoc_STR("bool: close() was called."),
      NULL},
     {NULL, NULL, NULL, NULL, NULL},

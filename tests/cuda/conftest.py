@@ -40,7 +40,7 @@ def host_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin with its real kernels, executed on the CPU: host_plugin.cpp."""
     folder = tmp_path_factory.mktemp("host_plugin")
     here, kernels = ROOT / "tests" / "cuda", ROOT / "kernels" / "cuda"
-    sources = [here / "host.cpp", here / "host_plugin.cpp",
+    sources = [*(here / f"host{name}.cpp" for name in ("", "_plugin", "_devices", "_nccl")),
                *(p for p in sorted(kernels.glob("*.cu")) if p.stem != "plugin")]
     include = [f"-I{p}" for p in (ROOT, ROOT / "kernels", kernels, here)]
     flags = ["-std=c++17", "-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fPIC",

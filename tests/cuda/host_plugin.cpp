@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The plugin with its real kernels, executed on the CPU (host.h), over a device of malloc: so that the engine's pass on
-// the device runs whole where there is none.  New memory holds NaN; what is downloaded arrives at synchronize, not
-// before, and what is uploaded from memory that stays in place when somebody has waited for it; HOST_FAIL="allocate:3:2"
-// lets the third allocate fail with error 2, "flip:5:1" the fifth upload arrive with another bit, "skip_send:2:1" the second
-// send never run; HOST_BYTES limits the memory.
+// The plugin with its real kernels, executed on the CPU (host.h), over devices in host memory (host_devices.h): so that the
+// engine's pass on the device runs whole where there is none.  New memory holds NaN; what is downloaded arrives at
+// synchronize, not before, and what is uploaded from memory that stays in place when somebody has waited for it;
+// HOST_FAIL="allocate:3:2" lets the third allocate fail with error 2, "flip:5:1" the fifth upload arrive with another bit,
+// "skip_send:2:1" the second send never run.
 //
 // Streams and graphs as on hardware: while a stream captures, its launches are noted and not executed, and what the
 // runtime forbids then (memory, waiting, copies, launches elsewhere) fails and spoils the capture.
@@ -12,6 +12,7 @@
 // Threads may call at the same time: one call happens after the other.
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,11 +22,12 @@
 
 #include "cuda/plugin.h"
 #include "host.h"
+#include "host_devices.h"
 
 namespace {
 
 struct arrival {
-    void *to;
+    void *stream, *to;
     std::vector<char> bytes;
 };
 
@@ -41,10 +43,11 @@ struct event {
     int asked;    // since then
 };
 
-std::map<void *, uint64_t> blocks, in_place;
+std::map<void *, uint64_t> in_place;
 std::map<void *, std::vector<copy>> copies; // of each stream
 std::vector<arrival> arrivals;
 std::map<void *, int> waits; // of each stream, for copies that another one had not come to
+std::set<void *> fresh; // streams that nobody has asked since they were given something
 std::map<std::string, int> calls, totals;
 int streams, events, graphs;
 uint64_t downloaded;
@@ -80,59 +83,78 @@ int forbidden() {
     return 900;
 }
 
+// The same of a call that shows that a device is lost: others wait for it from now on.
+int faults(const char *name) {
+    int code = fails(name);
+    if (code)
+        dsv4_host_lost();
+    return code;
+}
+
 uint64_t used() {
     uint64_t sum = 0;
-    for (auto &block : blocks)
-        sum += block.second;
+    for (int i = 0; i < dsv4_host_count(); i++)
+        sum += dsv4_host_used(i);
     return sum;
 }
 
-uint64_t total() {
-    const char *text = getenv("HOST_BYTES");
-    return text ? strtoull(text, nullptr, 10) : (uint64_t)1 << 30;
-}
-
-// Whether [p, p + bytes) lies in one of these.
-bool inside(const std::map<void *, uint64_t> &ranges, const void *p, uint64_t bytes) {
-    auto next = ranges.upper_bound((void *)p);
-    if (next == ranges.begin())
+// Whether [p, p + bytes) stays in place.
+bool stays(const void *p, uint64_t bytes) {
+    auto next = in_place.upper_bound((void *)p);
+    if (next == in_place.begin())
         return false;
     --next;
     return (const char *)p + bytes <= (const char *)next->first + next->second;
 }
 
-// What this stream was to copy is copied now.
+// What this stream was to copy is copied now, and its device is at work.
 void catch_up(void *stream) {
+    dsv4_host_work_on(dsv4_host_device_of(stream));
+    fresh.insert(stream);
     for (auto &c : copies[stream])
         memcpy(c.to, c.from, c.bytes);
     copies.erase(stream);
 }
 
+// Waiting for a device while a copy of it waits for one that is lost never ends.
+void never_stuck(const char *what) {
+    if (dsv4_host_stuck()) {
+        fprintf(stderr, "%s waits for a device that waits for one that is lost\n", what);
+        exit(1);
+    }
+}
+
 int device_count(int32_t *n) {
-    *n = 1;
+    *n = dsv4_host_count();
     return fails("device_count");
 }
 
-int properties(struct dsv4_cuda_properties *out, int32_t) {
+int properties(struct dsv4_cuda_properties *out, int32_t device) {
     *out = {};
+    if (device < 0 || device >= dsv4_host_count())
+        return 101;
     strcpy(out->name, "kernels executed on the host");
     out->major = 9;
     out->multiprocessors = 1;
-    out->total_bytes = total();
+    out->total_bytes = dsv4_host_total(device);
     return fails("properties");
 }
 
-int prepare(int32_t) {
+int prepare(int32_t device) {
+    if (device < 0 || device >= dsv4_host_count())
+        return 101;
+    dsv4_host_set_current(device);
     return fails("prepare");
 }
 
 int current(int32_t *device) {
-    *device = 0;
+    *device = dsv4_host_current();
     return fails("current");
 }
 
 int free_bytes(uint64_t *out) {
-    *out = total() - used();
+    int device = dsv4_host_current();
+    *out = dsv4_host_total(device) - dsv4_host_used(device);
     return fails("free_bytes");
 }
 
@@ -142,21 +164,15 @@ int allocate(void **out, uint64_t bytes) {
         return code;
     if (int code = fails("allocate"))
         return code;
-    if (!bytes || bytes > total() - used())
-        return 2;
-    *out = aligned_alloc(256, (bytes + 255) / 256 * 256);
-    memset(*out, 0xff, bytes);
-    blocks[*out] = bytes;
-    return 0;
+    *out = dsv4_host_take(dsv4_host_current(), bytes);
+    return *out ? 0 : 2;
 }
 
 int release(void *p) {
     if (int code = p ? forbidden() : 0)
         return code;
-    if (p && !blocks.erase(p))
-        return 1;
-    free(p);
-    return 0;
+    never_stuck("release");
+    return p && !dsv4_host_give(p);
 }
 
 int stream_create(void **out) {
@@ -164,6 +180,7 @@ int stream_create(void **out) {
     if (int code = fails("stream_create"))
         return code;
     *out = new dsv4_host_stream{};
+    dsv4_host_stream_on(*out, dsv4_host_current());
     streams++;
     return 0;
 }
@@ -172,58 +189,71 @@ int stream_destroy(void *stream) {
     if (capturing == stream)
         return forbidden();
     catch_up(stream);
+    fresh.erase(stream);
+    dsv4_host_stream_on(stream, -1);
     delete (dsv4_host_stream *)stream;
     streams--;
     return 0;
 }
 
+// What this stream has brought.
+void arrive(void *stream) {
+    size_t left = 0;
+    for (auto &a : arrivals)
+        if (a.stream == stream)
+            memcpy(a.to, a.bytes.data(), a.bytes.size());
+        else
+            std::swap(arrivals[left++], a);
+    arrivals.resize(left);
+}
+
 int synchronize(void *stream) {
     if (int code = forbidden())
         return code;
+    never_stuck("synchronize");
     catch_up(stream);
-    for (auto &a : arrivals)
-        memcpy(a.to, a.bytes.data(), a.bytes.size());
-    arrivals.clear();
-    return fails("synchronize");
+    arrive(stream);
+    return faults("synchronize");
 }
 
 int upload(void *to, const void *from, uint64_t bytes, void *stream) {
     if (int code = forbidden())
         return code;
-    if (bytes && !inside(blocks, to, bytes))
+    if (bytes && !dsv4_host_inside(dsv4_host_device_of(stream), to, bytes))
         return 1;
-    if (inside(in_place, from, bytes)) {
+    if (stays(from, bytes)) {
         copies[stream].push_back({to, from, bytes});
-        return fails("upload");
+        return faults("upload");
     }
     catch_up(stream);
     memcpy(to, from, bytes);
     if (fails("flip"))
         *(char *)to ^= 0x10;
-    return fails("upload");
+    return faults("upload");
 }
 
 int download(void *to, const void *from, uint64_t bytes, void *stream) {
     if (int code = forbidden())
         return code;
-    if (bytes && !inside(blocks, from, bytes))
+    if (bytes && !dsv4_host_inside(dsv4_host_device_of(stream), from, bytes))
         return 1;
     catch_up(stream);
     downloaded += bytes;
-    arrivals.push_back({to, std::vector<char>((const char *)from, (const char *)from + bytes)});
-    return fails("download");
+    arrivals.push_back({stream, to, std::vector<char>((const char *)from, (const char *)from + bytes)});
+    return faults("download");
 }
 
 int copy_here(void *to, const void *from, uint64_t bytes, void *stream) {
     if (int code = forbidden())
         return code;
-    if (bytes && (!inside(blocks, to, bytes) || !inside(blocks, from, bytes)))
+    if (bytes && (!dsv4_host_inside(dsv4_host_device_of(stream), to, bytes) ||
+                  !dsv4_host_inside(dsv4_host_device_of(stream), from, bytes)))
         return 1;
     copies[stream].push_back({to, from, bytes});
     return fails("copy");
 }
 
-// Kernels use it where the host does; outside `blocks`, so that copies to and from it as memory of the device fail.
+// Kernels use it where the host does; outside of every device, so that copies to and from it as memory of the device fail.
 int host_allocate(void **out, void **device, uint64_t bytes) {
     if (int code = forbidden())
         return code;
@@ -245,12 +275,18 @@ int host_release(void *p) {
     return 0;
 }
 
+// With several devices, who asks for the first time after something was enqueued comes too early.
 int stream_done(void *stream, int32_t *done) {
     if (int code = forbidden())
         return code;
-    catch_up(stream);
-    *done = 1;
-    return fails("stream_done");
+    *done = dsv4_host_count() == 1 || !fresh.erase(stream);
+    dsv4_host_work_on(dsv4_host_device_of(stream));
+    if (*done) {
+        catch_up(stream);
+        fresh.erase(stream);
+        arrive(stream);
+    }
+    return faults("stream_done");
 }
 
 int event_create(void **out) {
@@ -324,7 +360,9 @@ int capture_end(void *stream, void **out) {
 int graph_launch(void *graph, void *stream) {
     if (int code = forbidden())
         return code;
-    if (int code = fails("graph_launch"))
+    if (dsv4_host_device_of(stream) != dsv4_host_current())
+        return 400;
+    if (int code = faults("graph_launch"))
         return code;
     catch_up(stream);
     for (auto &node : *(std::vector<dsv4_host_node> *)graph)
@@ -360,9 +398,11 @@ template <class... A, int (*f)(A...)> struct locked<f> {
 #define X(op)                                                                                                          \
     int op(const struct dsv4_cuda_##op##_args *a, void *stream) {                                                      \
         std::lock_guard<std::recursive_mutex> guard(one_call);                                                         \
+        if (dsv4_host_device_of(stream) != dsv4_host_current())                                                        \
+            return 400;                                                                                                \
         if (!capturing)                                                                                                \
             catch_up(stream);                                                                                          \
-        int code = capturing && capturing != stream ? forbidden() : fails(#op);                                        \
+        int code = capturing && capturing != stream ? forbidden() : faults(#op);                                       \
         return code || fails("skip_" #op) ? code : dsv4_cuda_##op(a, stream);                                          \
     }
 DSV4_CUDA_LAUNCHES(X)
@@ -370,13 +410,22 @@ DSV4_CUDA_LAUNCHES(X)
 
 } // namespace
 
+void dsv4_host_catch_up(void *stream) {
+    catch_up(stream);
+}
+
+int dsv4_host_fails(const char *name) {
+    return fails(name);
+}
+
 #define EXPORTED __attribute__((visibility("default")))
 
 extern "C" {
 
-// Bytes, streams, events and graphs that are not given back.
+// Bytes, streams, events, graphs and communicators that are not given back.
 EXPORTED uint64_t host_live(void) {
-    uint64_t sum = used() + (uint64_t)streams + (uint64_t)events + (uint64_t)graphs;
+    uint64_t sum = used() + (uint64_t)streams + (uint64_t)events + (uint64_t)graphs +
+                   (uint64_t)dsv4_host_communicators();
     for (auto &block : in_place)
         sum += block.second;
     return sum;
