@@ -69,9 +69,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def host_device(place: str, request: pytest.FixtureRequest,
+def host_device(place: str, request: pytest.FixtureRequest, tmp_path: Path,
+                monkeypatch: pytest.MonkeyPatch,
                 shared_library: Callable[..., Path]) -> Iterator[None]:
-    """The host's plugin in place of the one that was built; or that one, and a device."""
+    """The host's plugin in place of the one that was built; or that one, and a device.  Counts of
+    experts stay out of the user's folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     if place == "device":
         require_device()
         yield
