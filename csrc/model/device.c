@@ -357,6 +357,7 @@ dsv4_status dsv4_device_open(struct dsv4_device *d, dsv4_error *err) {
     size_t n_layer = (size_t)m->config.num_hidden_layers;
     d->prompts = d->plugin->launches;
     d->prompts.linear = d->plugin->launches.linear_mma;
+    d->prompts.attention = d->plugin->launches.attention_mma;
     DSV4_TRY(dsv4_cuda_prepare(d->plugin, d->number, err));
     DSV4_TRY(dsv4_arena_take(m->arena, &d->layers, n_layer, sizeof *d->layers, err));
     return dsv4_device_status(d, d->plugin->runtime.stream_create(&d->stream), "a stream", err);

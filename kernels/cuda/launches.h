@@ -316,6 +316,13 @@ struct dsv4_cuda_attention_args {
     enum dsv4_kv_format format;
 };
 #define DSV4_CUDA_ATTENTION_TICKETS(n_tok, n_head) ((size_t)(n_tok) * (((size_t)(n_head) + 7) / 8))
+/*
+ * The same on tensor cores: scores and values are chains of mma.m16n8k16, the rest is as it is.  A token's bits do not depend
+ * on the others.  With E = 2.5 2^-24 (d_head scale max |q k| summed over the dimensions), weights w of the softmax and
+ * |v| their values, an element errs by no more than sum w |v| (4 E + 2^-7 + 2.5 n_key 2^-24), for P may round to the other
+ * neighbour, and the rounding of the result.
+ */
+#define dsv4_cuda_attention_mma_args dsv4_cuda_attention_args
 /* Scores of whole blocks of 64 ranks, a factor per block, the denominator. */
 #define DSV4_CUDA_ATTENTION_SCRATCH(n_tok, n_head, max_key)                                                            \
     ((size_t)4 * (size_t)(n_tok) * (size_t)(n_head) * (((size_t)(max_key) + 63) / 64 * 65 + 1))
@@ -518,6 +525,7 @@ struct dsv4_cuda_tap_args {
     X(gather)                                                                                                          \
     X(keep)                                                                                                            \
     X(pool)                                                                                                            \
+    X(attention_mma)                                                                                                   \
     X(attention)                                                                                                       \
     X(scores)                                                                                                          \
     X(top_k)                                                                                                           \

@@ -33,6 +33,7 @@ C_WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wundef", "-Werror"]
 BUDGETS = {
     "attention": (112, 24000),
     "beside": (40, 0),
+    "attention_mma": (168, 42500),
     "ends": (40, 2100),
     "gather": (40, 0),
     "hyper": (64, 9000),
