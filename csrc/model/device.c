@@ -121,7 +121,9 @@ static void experts(struct placing *p, struct dsv4_device_layer *out, const stru
     out->w1 = copy(p, tables, bytes);
     out->w3 = copy(p, tables + n, bytes);
     out->w2 = copy(p, tables + 2 * n, bytes);
-    free(tables); /* upload has read it */
+    if (p->base && p->status == DSV4_OK)
+        p->status = dsv4_device_status(p->d, p->d->plugin->runtime.synchronize(p->d->stream), "copying weights", p->err);
+    free(tables);
 }
 
 /* What tensor cores need to know of a layer's experts, the shared one among them; 0: they cannot take them all. */
@@ -312,6 +314,7 @@ static dsv4_status clear_tickets(struct dsv4_device *d, dsv4_error *err) {
     if (!zeros)
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %zu tickets", n);
     int code = d->plugin->runtime.upload(d->b.tickets, zeros, n * sizeof *zeros, d->stream);
+    code = code ? code : d->plugin->runtime.synchronize(d->stream);
     free(zeros);
     return dsv4_device_status(d, code, "memory for a pass", err);
 }

@@ -133,6 +133,7 @@ struct dsv4_device {
     uint8_t *draws;                   /* host, of the last stage: choices of rows and their lists, owned by the arena */
     int32_t *drawn;                   /* host, likewise: tokens and log-probabilities */
     struct dsv4_device_rows rows;
+    int32_t head_tok[DSV4_LOGIT_ROWS]; /* host: rows.tok, until the pass has ended */
     struct dsv4_shape_graphs graphs[DSV4_GRAPH_SHAPES];
     uint64_t passes;
     struct dsv4_placed *placed;       /* owned [n_placed]: weights as they were copied (device_memory.c) */
@@ -203,6 +204,8 @@ dsv4_status dsv4_device_note(struct dsv4_device *d, const void *from, void *to, 
 
 /* device_graph.c: no graph is left: what they point to has moved, or goes. */
 void dsv4_graphs_drop(struct dsv4_device *d);
+/* Nor is any shape known: each is launched one by one again before it is captured. */
+void dsv4_graphs_forget(struct dsv4_device *d);
 
 /* device_staging.c: sets the sizes (layers are known); allocates the host's part.  Destroy is legal after each. */
 void dsv4_staging_measure(struct dsv4_device *d);

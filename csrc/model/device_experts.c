@@ -97,7 +97,7 @@ static int together(run *r, int32_t layer, int32_t expert, int32_t slot) {
 static dsv4_status wait_for_choices(const run *r) {
     const struct dsv4_beside *b = r->d->beside;
     const uint32_t *sent = b->host.sent;
-    for (int32_t look = 1; __atomic_load_n(sent, __ATOMIC_ACQUIRE) != b->number && !dsv4_cancelled(r->w); look++) {
+    for (uint32_t look = 1; __atomic_load_n(sent, __ATOMIC_ACQUIRE) != b->number && !dsv4_cancelled(r->w); look++) {
         int32_t done = 0;
         dsv4_relax();
         if (look % LOOKS)

@@ -70,6 +70,12 @@ void dsv4_graphs_drop(struct dsv4_device *d) {
         drop(d, &d->graphs[i]);
 }
 
+void dsv4_graphs_forget(struct dsv4_device *d) {
+    dsv4_graphs_drop(d);
+    for (int32_t i = 0; i < DSV4_GRAPH_SHAPES; i++)
+        d->graphs[i].last_use = 0;
+}
+
 /* The place of this shape, or that of the one which was needed longest ago. */
 static struct dsv4_shape_graphs *place_of(struct dsv4_device *d, const struct dsv4_device_shape *shape) {
     struct dsv4_shape_graphs *oldest = &d->graphs[0];
@@ -152,6 +158,13 @@ dsv4_status dsv4_device_segment(run *r, int32_t first, int32_t end) {
     void *graph;
     if (!r->graphs)
         return launch(r, first, end);
-    DSV4_TRY(graph_of(r, first, end, &graph));
+    dsv4_status status = graph_of(r, first, end, &graph);
+    if (status == DSV4_E_MEMORY) { /* the device has no room for graphs: without, it goes slower */
+        dsv4_graphs_drop(r->d);
+        r->graphs = NULL;
+        *r->err = (dsv4_error){0};
+        return launch(r, first, end);
+    }
+    DSV4_TRY(status);
     return dsv4_device_status(r->d, r->d->plugin->runtime.graph_launch(graph, r->d->stream), "a graph", r->err);
 }

@@ -136,7 +136,7 @@ static dsv4_status send(run *r, const struct dsv4_wanted *wanted) {
     struct dsv4_device_rows *rows = &r->d->rows;
     const struct dsv4_cuda_runtime *rt = &r->d->plugin->runtime;
     size_t bytes = ROWS * sizeof *rows->draws + (size_t)rows->n_list * sizeof(int32_t);
-    int32_t tok[ROWS];
+    int32_t *tok = r->d->head_tok; /* an upload may read it later */
     for (int32_t i = 0; i < rows->n; i++)
         tok[i] = wanted[i].tok;
     rows->tok = r->d->b.tok;

@@ -5,7 +5,7 @@
 
 /* Key lists, scores and parts of attention take room per token and entry: tokens are taken in turns that fit into this,
  * one at a time if need be. */
-enum { SCRATCH_BYTES = 256 << 20 };
+enum { SCRATCH_BYTES = 256 << 20, MOST_BLOCKS = 65535 /* tokens of a launch: CUDA's limit in y and z */ };
 
 typedef struct dsv4_device_run run;
 
@@ -140,6 +140,7 @@ static size_t attention_bytes(const struct dsv4_config *c, int32_t max_key) {
 static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
     struct dsv4_device *d = r->d;
     size_t most = SCRATCH_BYTES / per_tok, bytes;
+    most = most < MOST_BLOCKS ? most : MOST_BLOCKS;
     *n = most < 1 ? 1 : most < (size_t)r->n ? (int32_t)most : r->n;
     size_t more = 1; /* a power of two: graphs that hold the old memory go with it, so it rarely moves */
     while (more < (size_t)*n)
@@ -152,7 +153,11 @@ static dsv4_status scratch(const run *r, size_t per_tok, int32_t *n) {
     d->plugin->runtime.release(d->scratch);
     d->scratch = NULL;
     d->scratch_bytes = 0;
-    DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), "memory for attention", r->err));
+    dsv4_status status = dsv4_device_status(d, d->plugin->runtime.allocate(&memory, bytes), "memory for attention", r->err);
+    if (status != DSV4_OK) {
+        dsv4_graphs_forget(d); /* every shape allocates again, which a capture must not */
+        return status;
+    }
     d->scratch = memory;
     d->scratch_bytes = bytes;
     return DSV4_OK;

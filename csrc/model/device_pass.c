@@ -49,7 +49,6 @@ static dsv4_status begin(run *r) {
     DSV4_TRY(dsv4_device_prepare(r->d, r->err));
     DSV4_TRY(dsv4_device_sites_begin(r));
     dsv4_head_plan(r);
-    dsv4_head_plan(r);
     dsv4_graphs_find(r);
     return dsv4_device_send(r);
 }

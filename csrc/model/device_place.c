@@ -189,11 +189,12 @@ static dsv4_status fill_tables(struct dsv4_beside *b, struct dsv4_weight *tables
             }
         DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.upload(b->tables[i], tables, n * sizeof *tables, d->stream),
                                     "a table of experts", err));
+        DSV4_TRY(dsv4_device_status(d, d->plugin->runtime.synchronize(d->stream), "a table of experts", err));
     }
     return DSV4_OK;
 }
 
-/* Zero counters and the tables; upload has read its source when it returns. */
+/* Zero counters and the tables; a source stays as it is until its upload has ended. */
 static dsv4_status fill_memory(struct dsv4_beside *b, dsv4_error *err) {
     struct dsv4_device *d = b->d;
     size_t zeros = (size_t)((uint8_t *)b->tables[0] - b->memory), table = table_entries(b) * sizeof(struct dsv4_weight);
@@ -202,6 +203,8 @@ static dsv4_status fill_memory(struct dsv4_beside *b, dsv4_error *err) {
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a table of %zu bytes", table);
     dsv4_status status = dsv4_device_status(d, d->plugin->runtime.upload(b->memory, temporary, zeros, d->stream),
                                             "counters of experts", err);
+    if (status == DSV4_OK)
+        status = dsv4_device_status(d, d->plugin->runtime.synchronize(d->stream), "counters of experts", err);
     if (status == DSV4_OK)
         status = fill_tables(b, temporary, err);
     free(temporary);

@@ -11,18 +11,26 @@
 // Loaded to learn whether this file holds code for a device; never run.
 __global__ void dsv4_cuda_probe(void) {}
 
+// A failure that is told here is told once: left behind, cudaGetLastError would give it for the next launch, which is
+// none of its fault.
+static int told(cudaError_t code) {
+    if (code != cudaSuccess)
+        cudaGetLastError();
+    return code;
+}
+
 static int device_count(int32_t *n) {
     int found = 0; // the runtime leaves it as it is without a driver
     cudaError_t code = cudaGetDeviceCount(&found);
     *n = code == cudaSuccess ? found : 0;
-    return code;
+    return told(code);
 }
 
 static int properties(struct dsv4_cuda_properties *out, int32_t device) {
     cudaDeviceProp found;
     cudaError_t code = cudaGetDeviceProperties(&found, device);
     if (code != cudaSuccess)
-        return code;
+        return told(code);
     memset(out, 0, sizeof *out);
     static_assert(sizeof out->name == sizeof found.name, "names of devices");
     memcpy(out->name, found.name, sizeof out->name); // ends with 0
@@ -36,51 +44,51 @@ static int properties(struct dsv4_cuda_properties *out, int32_t device) {
 static int prepare(int32_t device) {
     cudaFuncAttributes attributes;
     cudaError_t code = cudaSetDevice(device);
-    return code != cudaSuccess ? code : cudaFuncGetAttributes(&attributes, dsv4_cuda_probe);
+    return told(code != cudaSuccess ? code : cudaFuncGetAttributes(&attributes, dsv4_cuda_probe));
 }
 
 static int current(int32_t *device) {
-    return cudaGetDevice(device);
+    return told(cudaGetDevice(device));
 }
 
 static int free_bytes(uint64_t *out) {
     size_t free = 0, total = 0;
     cudaError_t code = cudaMemGetInfo(&free, &total);
     *out = free;
-    return code;
+    return told(code);
 }
 
 static int allocate(void **out, uint64_t bytes) {
     *out = nullptr;
-    return cudaMalloc(out, bytes);
+    return told(cudaMalloc(out, bytes));
 }
 
 static int release(void *p) {
-    return cudaFree(p);
+    return told(cudaFree(p));
 }
 
 static int stream_create(void **out) {
-    return cudaStreamCreateWithFlags((cudaStream_t *)out, cudaStreamNonBlocking);
+    return told(cudaStreamCreateWithFlags((cudaStream_t *)out, cudaStreamNonBlocking));
 }
 
 static int stream_destroy(void *stream) {
-    return cudaStreamDestroy((cudaStream_t)stream);
+    return told(cudaStreamDestroy((cudaStream_t)stream));
 }
 
 static int synchronize(void *stream) {
-    return cudaStreamSynchronize((cudaStream_t)stream);
+    return told(cudaStreamSynchronize((cudaStream_t)stream));
 }
 
 static int upload(void *to, const void *from, uint64_t bytes, void *stream) {
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (cudaStream_t)stream);
+    return told(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (cudaStream_t)stream));
 }
 
 static int download(void *to, const void *from, uint64_t bytes, void *stream) {
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream);
+    return told(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream));
 }
 
 static int copy(void *to, const void *from, uint64_t bytes, void *stream) {
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, (cudaStream_t)stream);
+    return told(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, (cudaStream_t)stream));
 }
 
 static int host_allocate(void **out, void **device, uint64_t bytes) {
@@ -92,18 +100,18 @@ static int host_allocate(void **out, void **device, uint64_t bytes) {
         cudaFreeHost(*out);
         *out = nullptr;
     }
-    return code;
+    return told(code);
 }
 
 static int host_release(void *p) {
-    return cudaFreeHost(p);
+    return told(cudaFreeHost(p));
 }
 
 // "Not ready" is an answer, not a failure, and no launch shall find it.
 static int answer(cudaError_t code, int32_t *done) {
     *done = code == cudaSuccess;
     if (code != cudaErrorNotReady)
-        return code;
+        return told(code);
     cudaGetLastError();
     return cudaSuccess;
 }
@@ -114,19 +122,19 @@ static int stream_done(void *stream, int32_t *done) {
 
 static int event_create(void **out) {
     *out = nullptr;
-    return cudaEventCreateWithFlags((cudaEvent_t *)out, cudaEventDisableTiming);
+    return told(cudaEventCreateWithFlags((cudaEvent_t *)out, cudaEventDisableTiming));
 }
 
 static int event_destroy(void *event) {
-    return event ? cudaEventDestroy((cudaEvent_t)event) : cudaSuccess;
+    return told(event ? cudaEventDestroy((cudaEvent_t)event) : cudaSuccess);
 }
 
 static int event_record(void *event, void *stream) {
-    return cudaEventRecord((cudaEvent_t)event, (cudaStream_t)stream);
+    return told(cudaEventRecord((cudaEvent_t)event, (cudaStream_t)stream));
 }
 
 static int event_wait(void *event, void *stream) {
-    return cudaStreamWaitEvent((cudaStream_t)stream, (cudaEvent_t)event, 0);
+    return told(cudaStreamWaitEvent((cudaStream_t)stream, (cudaEvent_t)event, 0));
 }
 
 static int event_done(void *event, int32_t *done) {
@@ -135,7 +143,7 @@ static int event_done(void *event, int32_t *done) {
 
 // Only this thread may do nothing that is illegal in a capture: others give back memory of sessions meanwhile.
 static int capture_begin(void *stream) {
-    return cudaStreamBeginCapture((cudaStream_t)stream, cudaStreamCaptureModeThreadLocal);
+    return told(cudaStreamBeginCapture((cudaStream_t)stream, cudaStreamCaptureModeThreadLocal));
 }
 
 static int capture_end(void *stream, void **out) {
@@ -148,15 +156,15 @@ static int capture_end(void *stream, void **out) {
         cudaGraphDestroy(graph);
     if (out)
         *out = code == cudaSuccess ? made : nullptr;
-    return code;
+    return told(code);
 }
 
 static int graph_launch(void *graph, void *stream) {
-    return cudaGraphLaunch((cudaGraphExec_t)graph, (cudaStream_t)stream);
+    return told(cudaGraphLaunch((cudaGraphExec_t)graph, (cudaStream_t)stream));
 }
 
 static int graph_destroy(void *graph) {
-    return graph ? cudaGraphExecDestroy((cudaGraphExec_t)graph) : cudaSuccess;
+    return told(graph ? cudaGraphExecDestroy((cudaGraphExec_t)graph) : cudaSuccess);
 }
 
 static const char *error_name(int code) {

@@ -28,8 +28,8 @@ struct dsv4_cuda_runtime {
     int (*stream_create)(void **out);
     int (*stream_destroy)(void *stream);
     int (*synchronize)(void *stream);            /* errors of launches come out here */
-    /* In the order of the stream.  Host memory may be pageable: it may be changed when upload returns, and holds what
-     * download brings after the next synchronize.  Memory of host_allocate is read later: when the stream comes to it. */
+    /* In the order of the stream.  Host memory may be pageable or of host_allocate; either may be read as late as the
+     * stream comes to it, so it stays as it is until a synchronize, after which it also holds what download brings. */
     int (*upload)(void *to, const void *from, uint64_t bytes, void *stream);
     int (*download)(void *to, const void *from, uint64_t bytes, void *stream);
     int (*copy)(void *to, const void *from, uint64_t bytes, void *stream); /* both on the device */

@@ -69,7 +69,7 @@ def test_sessions_that_come_and_go(cpu: dsv4.Model, gpu: dsv4.Model) -> None:
 
 @pytest.mark.parametrize(("call", "code", "error", "lost"), [
     ("capture_begin", 901, dsv4.DeviceError, True), ("capture_end", 901, dsv4.DeviceError, True),
-    ("capture_end", 2, MemoryError, False), ("graph_launch", 2, MemoryError, False),
+    ("graph_launch", 2, MemoryError, False),
     ("graph_launch", 700, dsv4.DeviceError, True), ("experts", 1, dsv4.DeviceError, True),
     ("gather", 1, dsv4.DeviceError, True), ("download", 719, dsv4.DeviceError, True),
 ])
@@ -92,6 +92,36 @@ def test_a_failing_capture(
             b.append(IDS[1:2])
     else:
         assert same(a.append(IDS[1:2]), b.append(IDS[1:2])) and same_state(a, b)
+
+
+def test_no_room_for_a_graph(
+    cpu: dsv4.Model, gpu: dsv4.Model, host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is launched without one; later there may be room."""
+    a, b = filled((cpu, gpu), 20)
+    assert same(a.append(IDS[:1]), b.append(IDS[:1]))
+    monkeypatch.setenv("HOST_FAIL", "capture_end:1:2")
+    assert same(a.append(IDS[1:2]), b.append(IDS[1:2])) and not host.host_graphs()
+    monkeypatch.delenv("HOST_FAIL")
+    assert same(a.append(IDS[2:3]), b.append(IDS[2:3])) and host.host_graphs()
+    assert same_state(a, b)
+
+
+def test_no_room_for_scratch(
+    cpu: dsv4.Model, gpu: dsv4.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger pass fails; those whose graphs went with the old scratch allocate before they are
+    captured again."""
+    a, b = filled((cpu, gpu), 20)
+    for i in range(2):
+        assert same(a.append(IDS[i:i + 1]), b.append(IDS[i:i + 1]))
+    monkeypatch.setenv("HOST_FAIL", "allocate:1:2")
+    with pytest.raises(MemoryError, match="CUDA: .* error 2"):
+        b.append(IDS[:40])
+    monkeypatch.delenv("HOST_FAIL")
+    for i in range(3):
+        assert same(a.append(IDS[i:i + 1]), b.append(IDS[i:i + 1]))
+    assert same_state(a, b)
 
 
 def test_graphs_that_are_not_needed_go(
