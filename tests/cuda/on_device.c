@@ -142,11 +142,56 @@ static void look_at(const char *op, const void *args, size_t bytes) {
             check_words(op, buffers[i].data, buffers[i].bytes);
 }
 
+/* Args of what follows are the host's, read during the call: looked at alone, then out of the way. */
+#define APART(field)                                                                                                   \
+    do {                                                                                                               \
+        if (a->field)                                                                                                  \
+            look_at(#field, a->field, sizeof *a->field);                                                               \
+        a->field = NULL;                                                                                               \
+    } while (0)
+
+static void linear_apart(struct dsv4_cuda_linear_args *a) {
+    APART(act);
+    APART(spread);
+    APART(collapse);
+    APART(router);
+    APART(group);
+    APART(norm);
+    APART(headnorm);
+    APART(index);
+    APART(kv);
+    APART(windows[0]);
+    APART(windows[1]);
+    APART(keep);
+}
+
+static void experts_apart(struct dsv4_cuda_experts_args *a) {
+    APART(swiglu);
+    APART(sum);
+    APART(spread);
+}
+
+static void attention_apart(struct dsv4_cuda_attention_args *a) {
+    APART(list);
+}
+
+static void scores_apart(struct dsv4_cuda_scores_args *a) {
+    APART(choice);
+}
+
+static void nothing_apart(const void *a) {
+    (void)a;
+}
+
 #define X(op)                                                                                                          \
     int dsv4_cuda_##op(const struct dsv4_cuda_##op##_args *a, void *stream) {                                          \
+        struct dsv4_cuda_##op##_args seen = *a;                                                                        \
         if (!plugin)                                                                                                   \
             start();                                                                                                   \
-        look_at(#op, a, sizeof *a);                                                                                    \
+        _Generic(&seen, struct dsv4_cuda_linear_args *: linear_apart,                                                  \
+                 struct dsv4_cuda_experts_args *: experts_apart, struct dsv4_cuda_attention_args *: attention_apart,   \
+                 struct dsv4_cuda_scores_args *: scores_apart, default: nothing_apart)(&seen);                         \
+        look_at(#op, &seen, sizeof seen);                                                                              \
         return launched(#op, plugin->launches.op(a, stream));                                                          \
     }
 DSV4_CUDA_LAUNCHES(X)
