@@ -2,10 +2,11 @@
 """Continuous batching on a model of true shape: tokens a second beside the limit of the machine,
 what the scheduler costs, and how long a long prompt holds others up.
 
-    python tests/bench/batch.py [--sequences 16] [--tokens 24] [--experts 64] [--threads N]
+    python tests/bench/batch.py [--sequences 16] [--tokens 24] [--experts 256] [--threads N]
 
-Four layers of V4-Flash's dimensions with 64 of 256 experts each (3.8 GB) and random weights in
-memory, V4's own tokenizer (of the extra `test`).
+Four layers of V4-Flash's dimensions with all 256 experts each (14 GB; 3.8 GB with 64) and random
+weights in memory, so that 16 tokens choose some 81 experts of a layer, 1.2 tokens each, as in the
+whole model; V4's own tokenizer (of the extra `test`).
 
 * Aggregate: rounds of the scheduler in which all sequences decode, each between two measurements of
   the limits, as `dsv4 bench` does it.  The limit is the time to read the bytes that the step
@@ -97,7 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     config = synthetic.configure(
