@@ -113,6 +113,8 @@ void dsv4_host_stream_on(void *stream, int d) {
 }
 
 int dsv4_host_device_of(const void *stream) {
+    if (!stream) // the stream of whatever device is current
+        return dsv4_host_current();
     auto found = streams.find(stream);
     return found == streams.end() ? -1 : found->second;
 }

@@ -99,6 +99,7 @@ def test_any_split(
     assert host.host_live() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "kept", "numerics"), [
     ("nano-base", 5, "official"), pytest.param("nano-pro", 3, "weights", marks=pytest.mark.long)])
 def test_other_formats(
@@ -113,6 +114,7 @@ def test_other_formats(
         follow(one, other, (1, 19))
 
 
+@pytest.mark.long
 def test_prompts_on_tensor_cores(nano: Callable[[str], Path], host: ctypes.CDLL) -> None:
     """Their bits are not the CPU's, which therefore computes no row of such a pass: all experts
     that are missing are uploaded."""
@@ -136,6 +138,7 @@ def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "dsv4" / "experts"
 
 
+@pytest.mark.long
 def test_those_used_most(
     nano: Callable[[str], Path], host: ctypes.CDLL, state_folder: Path
 ) -> None:
@@ -309,6 +312,7 @@ def test_a_step_that_needs_more_memory(
         assert same(a.append(IDS[1:3]), b.append(IDS[1:3]))
 
 
+@pytest.mark.long
 def test_interrupts(cpu: dsv4.Model, nano: Callable[[str], Path]) -> None:
     """A step that is cancelled, at any moment, leaves the session as it was."""
     with load(nano("nano-flash"), 4, 3) as model:

@@ -108,6 +108,7 @@ def test_single_tokens_are_exact(cpu: dsv4.Model, quick: dsv4.Model) -> None:
     assert same_state(a, b)
 
 
+@pytest.mark.long
 def test_an_answer_alone_and_in_a_batch(quick: dsv4.Model) -> None:
     """Prompts that begin alike share that beginning, whatever is left of them."""
     how = dict(max_new_tokens=2, temperature=0, logprobs=1)

@@ -56,6 +56,7 @@ def test_other_formats(name: str, nano: Callable[[str], Path]) -> None:
         assert same(a.append(IDS[4:5]), b.append(IDS[4:5])) and same_state(a, b)
 
 
+@pytest.mark.long
 def test_a_device_with_other_bits(
     live: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_batch(cpu: dsv4.Model, gpu: dsv4.Model) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.long
 def test_little_room_on_the_device(
     cpu: dsv4.Model, gpu: dsv4.Model, used: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
 ) -> None:

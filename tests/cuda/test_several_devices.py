@@ -73,7 +73,9 @@ def cuts(layers: int, n: int) -> list[tuple[int, ...]]:
     return [(*cut, layers) for cut in itertools.combinations(range(1, layers), n - 1)]
 
 
-@pytest.mark.parametrize("ends", [*cuts(4, 2), *cuts(4, 3)])
+@pytest.mark.parametrize("ends", [
+    pytest.param(ends, marks=[pytest.mark.long] if i not in (1, 4) else [])
+    for i, ends in enumerate([*cuts(4, 2), *cuts(4, 3)])])
 def test_every_split(
     cpu: dsv4.Model, nano: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch,
     live: Callable[[], int], tmp_path: Path, ends: tuple[int, ...],
@@ -228,6 +230,7 @@ def test_every_error_of_nccl(
     assert live() == before
 
 
+@pytest.mark.long
 def test_bytes_that_arrive_changed(monkeypatch: pytest.MonkeyPatch,
                                    live: Callable[[], int]) -> None:
     """In the first copy; and in a step of the model inside the package, before any is loaded."""

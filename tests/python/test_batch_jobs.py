@@ -80,7 +80,8 @@ def job(tmp_path: Path, model: dsv4.Model) -> tuple[Path, Path, bytes]:
 
 # ---- kills and signals ----
 
-@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [
+    20, *(pytest.param(kills, marks=pytest.mark.long) for kills in (50, 200))])
 def test_killed_at_random_moments(tmp_path: Path, model: dsv4.Model, kills: int) -> None:
     source, output = write(tmp_path / "in.jsonl", rows_of(500)), tmp_path / "out.jsonl"
     whole = tmp_path / "whole.jsonl"

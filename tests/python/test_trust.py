@@ -120,8 +120,8 @@ def interrupted(work: Callable[[], object], delay: float) -> float | None:
         os.kill(os.getpid(), signal.SIGINT)
 
     timer = threading.Timer(delay, send)
-    timer.start()
     try:
+        timer.start()  # the signal may come before it returns
         work()
         timer.cancel()
         timer.join()
