@@ -142,41 +142,45 @@ static void look_at(const char *op, const void *args, size_t bytes) {
             check_words(op, buffers[i].data, buffers[i].bytes);
 }
 
-/* Args of what follows are the host's, read during the call: looked at alone, then out of the way. */
-#define APART(field)                                                                                                   \
+/* Args of what follows are the host's, read during the call: looked at alone, then out of the way.  Bytes between fields
+ * hold whatever the stack held, halves of addresses too: cleared before a look. */
+#define APART(field, op)                                                                                               \
     do {                                                                                                               \
-        if (a->field)                                                                                                  \
-            look_at(#field, a->field, sizeof *a->field);                                                               \
+        if (a->field) {                                                                                                \
+            struct dsv4_cuda_##op##_args seen = *a->field;                                                             \
+            __builtin_clear_padding(&seen);                                                                            \
+            look_at(#op, &seen, sizeof seen);                                                                          \
+        }                                                                                                              \
         a->field = NULL;                                                                                               \
     } while (0)
 
 static void linear_apart(struct dsv4_cuda_linear_args *a) {
-    APART(act);
-    APART(spread);
-    APART(collapse);
-    APART(router);
-    APART(group);
-    APART(norm);
-    APART(headnorm);
-    APART(index);
-    APART(kv);
-    APART(windows[0]);
-    APART(windows[1]);
-    APART(keep);
+    APART(act, act);
+    APART(spread, spread);
+    APART(collapse, collapse);
+    APART(router, router);
+    APART(group, group);
+    APART(norm, rmsnorm);
+    APART(headnorm, headnorm);
+    APART(index, index);
+    APART(kv, norm_kv);
+    APART(windows[0], windows);
+    APART(windows[1], windows);
+    APART(keep, keep);
 }
 
 static void experts_apart(struct dsv4_cuda_experts_args *a) {
-    APART(swiglu);
-    APART(sum);
-    APART(spread);
+    APART(swiglu, swiglu);
+    APART(sum, expert_sum);
+    APART(spread, spread);
 }
 
 static void attention_apart(struct dsv4_cuda_attention_args *a) {
-    APART(list);
+    APART(list, keys);
 }
 
 static void scores_apart(struct dsv4_cuda_scores_args *a) {
-    APART(choice);
+    APART(choice, top_k);
 }
 
 static void nothing_apart(const void *a) {
@@ -191,6 +195,7 @@ static void nothing_apart(const void *a) {
         _Generic(&seen, struct dsv4_cuda_linear_args *: linear_apart,                                                  \
                  struct dsv4_cuda_experts_args *: experts_apart, struct dsv4_cuda_attention_args *: attention_apart,   \
                  struct dsv4_cuda_scores_args *: scores_apart, default: nothing_apart)(&seen);                         \
+        __builtin_clear_padding(&seen);                                                                                \
         look_at(#op, &seen, sizeof seen);                                                                              \
         return launched(#op, plugin->launches.op(a, stream));                                                          \
     }
