@@ -22,7 +22,7 @@ def test_kernels_on_the_cpu(tmp_path: Path) -> None:
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(build_cuda.families())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not build_cuda.setup_constants()["find_nvcc"](), reason="nvcc is not installed")
 def test_kernels_keep_to_their_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     build_cuda.compile_all(["sm_80"], verbose=False)  # ends the program otherwise
