@@ -23,22 +23,11 @@ template <int each> DSV4_KERNEL(score_kernel, struct attention_args, SCORE_THREA
     const struct dsv4_cuda_attention_args &o = a.of;
     struct parts to = cut(o);
     int32_t t = (int32_t)blockIdx.z, h0 = (int32_t)blockIdx.y * 4 * each, first = (int32_t)blockIdx.x * BLOCK;
-    int32_t n_key = a.listed ? count_keys(a.list, t) : o.n_key[t];
+    int32_t n_key = keys_of(a, t);
     int32_t i = (int32_t)threadIdx.x, rank = i % BLOCK, own = i / BLOCK * each;
     if (first >= n_key && first > 0)
         return;
-    const uint8_t *key = NULL;
-    if (i < BLOCK && first + i < n_key)
-        key = a.listed ? key_at(a.list, t, first + i) : o.keys[(int64_t)t * o.max_key + first + i];
-    if (i < BLOCK)
-        s.keys[i] = key;
-    if (a.listed && blockIdx.y == 0) {
-        if (i < BLOCK && first + i < n_key)
-            a.list.keys[(int64_t)t * o.max_key + first + i] = key;
-        if (i == 0 && first == 0)
-            a.list.n_key[t] = n_key;
-    }
-    int any = __syncthreads_or(key != NULL);
+    int any = stage_keys(s.keys, a, t, first, n_key);
     float sum[each] = {};
     for (int32_t d0 = 0; d0 < o.d_head; d0 += DIMS) {
         int32_t pairs = (o.d_head - d0 < DIMS ? o.d_head - d0 : DIMS) / 2;
@@ -52,7 +41,7 @@ template <int each> DSV4_KERNEL(score_kernel, struct attention_args, SCORE_THREA
             uint32_t pair = 0;
             if (h0 + h < o.n_head) {
                 const dsv4_bf16 *q = o.q + ((int64_t)t * o.n_head + h0 + h) * o.d_head + d0 + 2 * d;
-                pair = (uint32_t)dsv4_bf16_operand(q[0]) | (uint32_t)dsv4_bf16_operand(q[1]) << 16;
+                pair = dsv4_pair_operands(q[0], q[1]);
             }
             s.q[d][h] = pair;
         }
@@ -188,14 +177,7 @@ static int launch_attention(const struct attention_args &args, void *stream) {
 int dsv4_cuda_attention(const struct dsv4_cuda_attention_args *a, void *stream) {
     if (!a->n_tok || !a->n_head)
         return 0;
-    struct attention_args args = {};
-    args.of = *a;
-    if (a->list) {
-        args.listed = 1;
-        args.list = *a->list;
-        args.of.keys = a->list->keys;
-        args.of.n_key = a->list->n_key;
-    }
+    struct attention_args args = with_list(a);
     return a->n_tok <= FEW_TOKENS ? launch_attention<FEW_EACH, FEW_VALUES>(args, stream)
                                   : launch_attention<MANY_EACH, MANY_VALUES>(args, stream);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What both kinds of attention share: how the scratch is cut, keys as operands, the softmax of one row.
+// What both kinds of attention share: key lists, how the scratch is cut, keys as operands, the softmax of one row.
 #pragma once
 
 #include "state.cuh"
@@ -8,11 +8,52 @@
 
 enum { BLOCK = 64 };
 
+// ----------------------------------------------------------------------------------------------------------- key lists
+
+// Where the keys are those of a session's pass, the first launch makes their list, and the last one reads it.
 struct attention_args {
     struct dsv4_cuda_attention_args of;
     struct dsv4_cuda_keys_args list;
     int32_t listed;
 };
+
+static inline struct attention_args with_list(const struct dsv4_cuda_attention_args *a) {
+    struct attention_args args = {};
+    args.of = *a;
+    if (a->list) {
+        args.listed = 1;
+        args.list = *a->list;
+        args.of.keys = a->list->keys;
+        args.of.n_key = a->list->n_key;
+    }
+    return args;
+}
+
+DSV4_DEVICE int32_t keys_of(const struct attention_args &a, int32_t t) {
+    return a.listed ? count_keys(a.list, t) : a.of.n_key[t];
+}
+
+// The keys of token t at 64 ranks from `first` on, to shared memory and, by the blocks of the first heads, to the list;
+// tells whether there is any.  All threads of the block, which pass a barrier.
+DSV4_DEVICE int stage_keys(const uint8_t *(&keys)[BLOCK], const struct attention_args &a, int32_t t, int32_t first,
+                           int32_t n_key) {
+    int32_t i = (int32_t)threadIdx.x;
+    int64_t at = (int64_t)t * a.of.max_key + first + i;
+    const uint8_t *key = NULL;
+    if (i < BLOCK && first + i < n_key)
+        key = a.listed ? key_at(a.list, t, first + i) : a.of.keys[at];
+    if (i < BLOCK)
+        keys[i] = key;
+    if (a.listed && blockIdx.y == 0) {
+        if (i < BLOCK && first + i < n_key)
+            a.list.keys[at] = key;
+        if (i == 0 && first == 0)
+            a.list.n_key[t] = n_key;
+    }
+    return __syncthreads_or(key != NULL);
+}
+
+// ------------------------------------------------------------------------------------------------------------- scratch
 
 // The factor of a block of ranks without any key.
 #define NO_KEYS -1.0f
@@ -34,20 +75,27 @@ DSV4_DEVICE struct parts cut(const struct dsv4_cuda_attention_args &a) {
     return s;
 }
 
+// ---------------------------------------------------------------------------------------------------------------- keys
+
+// Two e4m3 codes of a KV row under their scale as operands: bf16 values, exact.
+DSV4_DEVICE uint32_t scaled_pair(uint32_t codes, float scale) {
+    float even, odd;
+    e4m3_pair(codes, &even, &odd);
+    return dsv4_pair_bf16(dsv4_f32_operand(even * scale), dsv4_f32_operand(odd * scale));
+}
+
 // Dimensions d and d + 1 (d even) of a KV row as bf16 operands, the first in the low half.
 DSV4_DEVICE uint32_t key_pair(const uint8_t *row, int32_t d, const struct dsv4_cuda_attention_args &a) {
     int32_t nope = a.format == DSV4_KV_FP8 ? a.d_head - a.d_rope : 0;
     if (d >= nope) {
         const uint8_t *p = row + nope + 2 * (d - nope); // 2-byte aligned
-        uint32_t even = *(const dsv4_word16 *)p, odd = *(const dsv4_word16 *)(p + 2);
-        return (uint32_t)dsv4_bf16_operand((dsv4_bf16)even) | (uint32_t)dsv4_bf16_operand((dsv4_bf16)odd) << 16;
+        return dsv4_pair_operands(*(const dsv4_word16 *)p, *(const dsv4_word16 *)(p + 2));
     }
-    float scale = dsv4_e8m0_to_f32(row[a.d_head - a.d_rope + 2 * a.d_rope + d / DSV4_KV_GROUP]), even, odd;
-    e4m3_pair(*(const dsv4_word16 *)(row + d), &even, &odd); // nope is a multiple of 64
-    even = dsv4_f32_operand(even * scale); // bf16 values, exact
-    odd = dsv4_f32_operand(odd * scale);
-    return dsv4_f32_bits(even) >> 16 | (dsv4_f32_bits(odd) & 0xffff0000u);
+    float scale = dsv4_e8m0_to_f32(row[a.d_head + a.d_rope + d / DSV4_KV_GROUP]);
+    return scaled_pair(*(const dsv4_word16 *)(row + d), scale); // nope is a multiple of 64
 }
+
+// ------------------------------------------------------------------------------------------------------------- softmax
 
 // Sums of P over a block, by a warp, as rule 1 has them.
 DSV4_DEVICE float sum_of_block(float *staged, float low, float high) {

@@ -20,13 +20,8 @@ DSV4_DEVICE void key_four(uint32_t out[2], const uint8_t *row, int32_t d, const 
         uint32_t codes = *(const dsv4_word32 *)(row + d);
         float scale = dsv4_e8m0_to_f32(row[a.d_head + a.d_rope + d / DSV4_KV_GROUP]);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float even, odd;
-            e4m3_pair(i ? codes >> 16 : codes & 0xffffu, &even, &odd);
-            even = dsv4_f32_operand(even * scale); // bf16 values, exact
-            odd = dsv4_f32_operand(odd * scale);
-            out[i] = dsv4_f32_bits(even) >> 16 | (dsv4_f32_bits(odd) & 0xffff0000u);
-        }
+        for (int i = 0; i < 2; i++)
+            out[i] = scaled_pair(i ? codes >> 16 : codes & 0xffffu, scale);
     } else {
         out[0] = key_pair(row, d, a);
         out[1] = d + 2 < a.d_head ? key_pair(row, d + 2, a) : 0u;
@@ -44,22 +39,11 @@ DSV4_KERNEL(mma_score_kernel, struct attention_args, MMA_THREADS, 4) {
     const struct dsv4_cuda_attention_args &o = a.of;
     struct parts to = cut(o);
     int32_t t = (int32_t)blockIdx.z, h0 = (int32_t)blockIdx.y * HEADS, first = (int32_t)blockIdx.x * BLOCK;
-    int32_t n_key = a.listed ? count_keys(a.list, t) : o.n_key[t], i = (int32_t)threadIdx.x;
+    int32_t n_key = keys_of(a, t), i = (int32_t)threadIdx.x;
     int32_t warp = i / 32, g = i % 32 / 4, q = i % 4, head0 = warp / 2 * WARP_HEADS, rank0 = warp % 2 * WARP_RANKS;
     if (first >= n_key && first > 0)
         return;
-    const uint8_t *key = NULL;
-    if (i < BLOCK && first + i < n_key)
-        key = a.listed ? key_at(a.list, t, first + i) : o.keys[(int64_t)t * o.max_key + first + i];
-    if (i < BLOCK)
-        s.keys[i] = key;
-    if (a.listed && blockIdx.y == 0) {
-        if (i < BLOCK && first + i < n_key)
-            a.list.keys[(int64_t)t * o.max_key + first + i] = key;
-        if (i == 0 && first == 0)
-            a.list.n_key[t] = n_key;
-    }
-    int any = __syncthreads_or(key != NULL);
+    int any = stage_keys(s.keys, a, t, first, n_key);
     float acc[WARP_HEADS / 16][WARP_RANKS / 8][4] = {};
     for (int32_t d0 = 0; d0 < o.d_head; d0 += DIMS) {
 #pragma unroll 4
@@ -77,7 +61,7 @@ DSV4_KERNEL(mma_score_kernel, struct attention_args, MMA_THREADS, 4) {
             uint32_t pair = 0;
             if (h0 + h < o.n_head && d0 + d < o.d_head) {
                 const dsv4_bf16 *x = o.q + ((int64_t)t * o.n_head + h0 + h) * o.d_head + d0 + d;
-                pair = (uint32_t)dsv4_bf16_operand(x[0]) | (uint32_t)dsv4_bf16_operand(x[1]) << 16;
+                pair = dsv4_pair_operands(x[0], x[1]);
             }
             s.q[h][d / 2] = pair;
         }
@@ -159,7 +143,7 @@ DSV4_DEVICE void stage_values(struct mma_value_work &s, const struct dsv4_cuda_a
         uint32_t pair = 0;
         if (h < heads) {
             const float *p = from.p + (row0 + (size_t)h) * from.ranks + (size_t)(first + r);
-            pair = dsv4_f32_bits(rounded_operand(p[0])) >> 16 | (dsv4_f32_bits(rounded_operand(p[1])) & 0xffff0000u);
+            pair = dsv4_pair_bf16(rounded_operand(p[0]), rounded_operand(p[1]));
         }
         s.p[h][r / 2] = pair;
     }
@@ -243,14 +227,7 @@ DSV4_KERNEL(mma_value_kernel, struct dsv4_cuda_attention_args, MMA_THREADS, 3) {
 int dsv4_cuda_attention_mma(const struct dsv4_cuda_attention_args *a, void *stream) {
     if (!a->n_tok || !a->n_head)
         return 0;
-    struct attention_args args = {};
-    args.of = *a;
-    if (a->list) {
-        args.listed = 1;
-        args.list = *a->list;
-        args.of.keys = a->list->keys;
-        args.of.n_key = a->list->n_key;
-    }
+    struct attention_args args = with_list(a);
     unsigned heads = dsv4_blocks((size_t)a->n_head, HEADS), tokens = (unsigned)a->n_tok;
     dim3 scores(dsv4_blocks((size_t)a->max_key, BLOCK), heads, tokens);
     dim3 values(dsv4_blocks((size_t)a->d_head, DIMS), heads, tokens);

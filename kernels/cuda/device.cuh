@@ -100,6 +100,16 @@ DSV4_DEVICE float dsv4_high_bf16(uint32_t pair) {
     return dsv4_f32_from_bits(pair & 0xffff0000u);
 }
 
+// Two values that are bf16, the first in the low half.
+DSV4_DEVICE uint32_t dsv4_pair_bf16(float low, float high) {
+    return dsv4_f32_bits(low) >> 16 | (dsv4_f32_bits(high) & 0xffff0000u);
+}
+
+// Two bf16 as operands (rule 2), the first in the low half.
+DSV4_DEVICE uint32_t dsv4_pair_operands(dsv4_bf16 low, dsv4_bf16 high) {
+    return (uint32_t)dsv4_bf16_operand(low) | (uint32_t)dsv4_bf16_operand(high) << 16;
+}
+
 DSV4_DEVICE float dsv4_round_bf16(float x) {
     return dsv4_bf16_to_f32(dsv4_f32_to_bf16(x));
 }

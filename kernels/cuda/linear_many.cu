@@ -76,7 +76,7 @@ DSV4_DEVICE void stage_pairs(uint32_t *to, const struct dsv4_weight &w, int32_t 
     for (int i = 0; i < 8; i++) {
         float even, odd;
         decode_pair<format, rule>((const uint8_t *)raw, i, scale, &even, &odd);
-        to[i] = dsv4_f32_bits(even) >> 16 | (dsv4_f32_bits(odd) & 0xffff0000u); // exact: they are bf16
+        to[i] = dsv4_pair_bf16(even, odd); // exact
     }
 }
 

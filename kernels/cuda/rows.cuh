@@ -38,7 +38,7 @@ DSV4_DEVICE uint4 eight_operands(const dsv4_bf16 *x, int32_t at, int32_t n) {
     uint32_t *word[4] = {&out.x, &out.y, &out.z, &out.w};
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        *word[i] = (uint32_t)dsv4_bf16_operand(h[2 * i]) | (uint32_t)dsv4_bf16_operand(h[2 * i + 1]) << 16;
+        *word[i] = dsv4_pair_operands(h[2 * i], h[2 * i + 1]);
     return out;
 }
 
