@@ -72,3 +72,11 @@ PyObject *raise_status(const struct module_state *state, dsv4_status status,
     Py_DECREF(message);
     return NULL;
 }
+
+PyObject *made_or_raised(const struct module_state *state, dsv4_status status,
+                         const dsv4_error *err, PyObject *made) {
+    if (!status)
+        return made;
+    Py_DECREF(made);
+    return raise_status(state, status, err);
+}

@@ -88,6 +88,9 @@ struct handle *handle_of(PyObject *capsule);
  * model. */
 int check_process(const struct module_state *state, const struct handle *handle);
 
+/* The capsule of an open model of this process (borrowed), or NULL with an exception set. */
+PyObject *open_handle(const struct module_state *state, const ModelObject *model);
+
 /* The engine's session, or NULL with an exception set: closed, or a forked child. */
 dsv4_session *session_of(const struct module_state *state, SessionObject *session);
 
@@ -141,6 +144,11 @@ PyObject *split_function(PyObject *module, PyObject *args);
 
 /* Sets the exception of a failed status (never DSV4_OK) and returns NULL. */
 PyObject *raise_status(const struct module_state *state, dsv4_status status, const dsv4_error *err);
+
+/* What a call that succeeded made, or NULL with the exception of one that failed, after giving
+ * `made` up. */
+PyObject *made_or_raised(const struct module_state *state, dsv4_status status,
+                         const dsv4_error *err, PyObject *made);
 
 /* ---- arrays ---- */
 

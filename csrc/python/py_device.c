@@ -3,9 +3,9 @@
 #include "module.h"
 
 static PyObject *device_to_python(const struct dsv4_device_facts *d) {
-    PyObject *why = d->why[0] ? PyUnicode_DecodeUTF8(d->why, (Py_ssize_t)strlen(d->why),
-                                                     "backslashreplace")
-                              : Py_NewRef(Py_None);
+    PyObject *why =
+        d->why[0] ? PyUnicode_DecodeUTF8(d->why, (Py_ssize_t)strlen(d->why), "backslashreplace")
+                  : Py_NewRef(Py_None);
     return why ? Py_BuildValue("(siiiKKN)", d->name, (int)d->major, (int)d->minor,
                                (int)d->multiprocessors, (unsigned long long)d->total_bytes,
                                (unsigned long long)d->free_bytes, why)
@@ -65,11 +65,13 @@ PyObject *split_function(PyObject *module, PyObject *args) {
         return NULL;
     const Py_ssize_t n_layer = PyList_GET_SIZE(layers), n = PyList_GET_SIZE(rooms);
     if (n < 1 || n > n_layer || n > MAX_DEVICES || n_layer > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "rooms: got %zd, wanted 1 to %d, and no more than %zd layers", n,
+        PyErr_Format(PyExc_ValueError,
+                     "rooms: got %zd, wanted 1 to %d, and no more than %zd layers", n,
                      (int)MAX_DEVICES, n_layer);
         return NULL;
     }
-    uint64_t *bytes = byte_counts(layers, n_layer), *free_bytes = bytes ? byte_counts(rooms, n) : NULL;
+    uint64_t *bytes = byte_counts(layers, n_layer),
+             *free_bytes = bytes ? byte_counts(rooms, n) : NULL;
     if (free_bytes) {
         const dsv4_status status =
             dsv4_split_layers(ends, bytes, (int32_t)n_layer, each, free_bytes, (int32_t)n, &err);

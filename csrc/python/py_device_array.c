@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include "py_dlpack.h"
-#include "py_step.h"
 
 static dsv4_model *model_of(const MemoryObject *self) {
     return handle_of(self->handle)->model;
@@ -44,12 +43,8 @@ static PyObject *memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_memory_create(&self->memory, engine, layer, nbytes, &err);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(self);
-        return raise_status(state, status, &err);
-    }
-    self->mine = 1;
-    return (PyObject *)self;
+    self->mine = !status;
+    return made_or_raised(state, status, &err, (PyObject *)self);
 }
 
 static void memory_dealloc(MemoryObject *self) {
@@ -78,11 +73,7 @@ PyObject *tensor_memory_function(PyObject *module, PyObject *args) {
     if (!self)
         return NULL;
     dsv4_status status = dsv4_memory_of_tensor(&self->memory, model_of(self), name, &err);
-    if (status) {
-        Py_DECREF(self);
-        return raise_status(state, status, &err);
-    }
-    return (PyObject *)self;
+    return made_or_raised(state, status, &err, (PyObject *)self);
 }
 
 PyObject *memory_room_function(PyObject *module, PyObject *args) {
@@ -130,11 +121,7 @@ static PyObject *memory_read(MemoryObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_memory_read(model, data, &self->memory, at, nbytes, &err);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(array);
-        return raise_status(state_of(Py_TYPE(self)), status, &err);
-    }
-    return array;
+    return made_or_raised(state_of(Py_TYPE(self)), status, &err, array);
 }
 
 static PyObject *memory_copy(MemoryObject *self, PyObject *args) {
@@ -151,12 +138,8 @@ static PyObject *memory_copy(MemoryObject *self, PyObject *args) {
     status = dsv4_memory_copy(&copy->memory, model, &self->memory, at, nbytes,
                               (void *)(uintptr_t)reader, &err);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(copy);
-        return raise_status(state_of(Py_TYPE(self)), status, &err);
-    }
-    copy->mine = 1;
-    return (PyObject *)copy;
+    copy->mine = !status;
+    return made_or_raised(state_of(Py_TYPE(self)), status, &err, (PyObject *)copy);
 }
 
 static PyObject *memory_widen(MemoryObject *self, PyObject *args) {
@@ -178,9 +161,7 @@ static PyObject *memory_widen(MemoryObject *self, PyObject *args) {
     status =
         dsv4_memory_widen(model, &self->memory, &from->memory, n, width, from_width, fill, &err);
     Py_END_ALLOW_THREADS
-    if (status)
-        return raise_status(state_of(Py_TYPE(self)), status, &err);
-    Py_RETURN_NONE;
+    return made_or_raised(state_of(Py_TYPE(self)), status, &err, Py_NewRef(Py_None));
 }
 
 static PyObject *memory_dlpack(MemoryObject *self, PyObject *args) {

@@ -122,16 +122,11 @@ static PyObject *edit_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     if (!PyArg_ParseTuple(args, "O!O!O!:Edit", state->model_type, &model, &PyTuple_Type, &ops,
                           &PyTuple_Type, &functions))
         return NULL;
-    if (!model->handle) {
-        PyErr_SetString(PyExc_ValueError, "the model is closed");
-        return NULL;
-    }
-    if (check_process(state, handle_of(model->handle)) < 0)
-        return NULL;
-    EditObject *self = (EditObject *)type->tp_alloc(type, 0);
+    PyObject *handle = open_handle(state, model);
+    EditObject *self = handle ? (EditObject *)type->tp_alloc(type, 0) : NULL;
     if (!self)
         return NULL;
-    self->handle = Py_NewRef(model->handle);
+    self->handle = Py_NewRef(handle);
     self->functions = Py_NewRef(functions);
     int failed = parse_ops(&a, ops, functions) < 0;
     if (!failed) {

@@ -79,11 +79,10 @@ static const struct field config_fields[] = {
 
 static const struct field option_fields[] = {
 #define FIELD(name, type) {#name, offsetof(struct dsv4_options, name), type}
-    FIELD(numerics, FIELD_I32),     FIELD(april_kv, FIELD_I32),  FIELD(april_shared, FIELD_I32),
-    FIELD(n_thread, FIELD_I32),     FIELD(chunk_tok, FIELD_I32), FIELD(use_mmap, FIELD_I32),
-    FIELD(expert_bytes, FIELD_U64), FIELD(copy_to_nodes, FIELD_I32),
-    FIELD(use_cuda, FIELD_I32),     FIELD(tensor_cores, FIELD_I32),
-    FIELD(gpu_bytes, FIELD_U64),
+    FIELD(numerics, FIELD_I32),     FIELD(april_kv, FIELD_I32),      FIELD(april_shared, FIELD_I32),
+    FIELD(n_thread, FIELD_I32),     FIELD(chunk_tok, FIELD_I32),     FIELD(use_mmap, FIELD_I32),
+    FIELD(expert_bytes, FIELD_U64), FIELD(copy_to_nodes, FIELD_I32), FIELD(use_cuda, FIELD_I32),
+    FIELD(tensor_cores, FIELD_I32), FIELD(gpu_bytes, FIELD_U64),
 #undef FIELD
 };
 
@@ -147,7 +146,7 @@ static int parse_options(struct load_args *a, PyObject *dict) {
         return -1;
     }
     if (convert_ids(devices, "cuda_devices", INT32_MAX, &a->cuda_devices,
-                               &a->options.n_cuda_device) < 0)
+                    &a->options.n_cuda_device) < 0)
         return -1;
     a->options.cuda_devices = a->cuda_devices;
     for (size_t i = 0; i < Py_ARRAY_LENGTH(a->strings); i++) {
@@ -326,7 +325,7 @@ static void model_dealloc(ModelObject *self) {
 
 /* ---- methods ---- */
 
-PyObject *open_handle(const struct module_state *state, ModelObject *self) {
+PyObject *open_handle(const struct module_state *state, const ModelObject *self) {
     if (!self->handle) {
         PyErr_SetString(PyExc_ValueError, "the model is closed");
         return NULL;
@@ -396,11 +395,10 @@ static PyObject *model_placement(ModelObject *self, void *Py_UNUSED(closure)) {
         return NULL;
     struct dsv4_placement p;
     dsv4_model_placement(handle_of(handle)->model, &p);
-    return Py_BuildValue("{s:i,s:i,s:K,s:K,s:K}", "experts", (int)p.experts, "experts_on_device",
-                         (int)p.experts_on_device, "weight_bytes",
-                         (unsigned long long)p.weight_bytes, "pass_bytes",
-                         (unsigned long long)p.pass_bytes, "shared_bytes",
-                         (unsigned long long)p.shared_bytes);
+    return Py_BuildValue(
+        "{s:i,s:i,s:K,s:K,s:K}", "experts", (int)p.experts, "experts_on_device",
+        (int)p.experts_on_device, "weight_bytes", (unsigned long long)p.weight_bytes, "pass_bytes",
+        (unsigned long long)p.pass_bytes, "shared_bytes", (unsigned long long)p.shared_bytes);
 }
 
 static PyObject *model_uses(ModelObject *self, PyObject *out) {
@@ -438,9 +436,9 @@ static PyObject *model_stages(ModelObject *self, void *Py_UNUSED(closure)) {
     PyObject *list = PyList_New(n);
     for (int32_t i = 0; list && i < n; i++) {
         const struct dsv4_stage *s = &stages[i];
-        PyObject *item = Py_BuildValue("(iiiKK)", (int)s->device, (int)s->first, (int)s->end,
-                                       (unsigned long long)s->weight_bytes,
-                                       (unsigned long long)s->work_bytes);
+        PyObject *item =
+            Py_BuildValue("(iiiKK)", (int)s->device, (int)s->first, (int)s->end,
+                          (unsigned long long)s->weight_bytes, (unsigned long long)s->work_bytes);
         if (!item)
             Py_CLEAR(list);
         else

@@ -287,8 +287,5 @@ PyObject *layer_state_function(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_session_create_layer(&self->session, handle_of(self->handle)->model, layer, &err);
     Py_END_ALLOW_THREADS
-    if (!status)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    return raise_status(state, status, &err);
+    return made_or_raised(state, status, &err, (PyObject *)self);
 }

@@ -31,24 +31,15 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     }
     if (!PyArg_ParseTuple(args, "O!i:Session", state->model_type, &model, &most_kept))
         return NULL;
-    if (!model->handle) {
-        PyErr_SetString(PyExc_ValueError, "the model is closed");
-        return NULL;
-    }
-    if (check_process(state, handle_of(model->handle)) < 0)
-        return NULL;
-    SessionObject *self = session_alloc(type, model->handle);
+    PyObject *handle = open_handle(state, model);
+    SessionObject *self = handle ? session_alloc(type, handle) : NULL;
     if (!self)
         return NULL;
     dsv4_status status;
     Py_BEGIN_ALLOW_THREADS
     status = dsv4_session_create(&self->session, handle_of(self->handle)->model, most_kept, &err);
     Py_END_ALLOW_THREADS
-    if (status) {
-        raise_status(state, status, &err);
-        Py_CLEAR(self);
-    }
-    return (PyObject *)self;
+    return made_or_raised(state, status, &err, (PyObject *)self);
 }
 
 static void session_release(SessionObject *self) {
@@ -161,11 +152,7 @@ static PyObject *session_fork(SessionObject *self, PyObject *args) {
     Py_END_ALLOW_THREADS
     fork->edit = Py_XNewRef(self->edit);
     call_leave(self, queued);
-    if (status) {
-        Py_DECREF(fork);
-        return raise_status(state, status, &err);
-    }
-    return (PyObject *)fork;
+    return made_or_raised(state, status, &err, (PyObject *)fork);
 }
 
 static PyObject *session_swap(SessionObject *self, PyObject *args) {
@@ -219,11 +206,7 @@ static PyObject *session_tokens(SessionObject *self, PyObject *args) {
     status = dsv4_session_tokens(session, out, first, n, &err);
     Py_END_ALLOW_THREADS
     call_leave(self, queued);
-    if (status) {
-        Py_DECREF(array);
-        return raise_status(state, status, &err);
-    }
-    return array;
+    return made_or_raised(state, status, &err, array);
 }
 
 static PyObject *session_rows(SessionObject *self, PyObject *args) {
@@ -254,11 +237,7 @@ static PyObject *session_rows(SessionObject *self, PyObject *args) {
     status = dsv4_session_rows(session, layer, kind, out, first, n, &err);
     Py_END_ALLOW_THREADS
     call_leave(self, queued);
-    if (status) {
-        Py_DECREF(array);
-        return raise_status(state, status, &err);
-    }
-    return array;
+    return made_or_raised(state, status, &err, array);
 }
 
 static PyObject *session_fill(SessionObject *self, PyObject *args) {
@@ -277,9 +256,7 @@ static PyObject *session_fill(SessionObject *self, PyObject *args) {
     status = dsv4_session_fill(session, position, seed, &err);
     Py_END_ALLOW_THREADS
     call_leave(self, queued);
-    if (status)
-        return raise_status(state, status, &err);
-    Py_RETURN_NONE;
+    return made_or_raised(state, status, &err, Py_NewRef(Py_None));
 }
 
 static PyMethodDef session_methods[] = {

@@ -4,15 +4,6 @@
 
 #include <string.h>
 
-/* The open model's capsule, borrowed; NULL with an exception set. */
-static PyObject *handle_of_model(const struct module_state *state, const ModelObject *model) {
-    if (!model->handle) {
-        PyErr_SetString(PyExc_ValueError, "the model is closed");
-        return NULL;
-    }
-    return check_process(state, handle_of(model->handle)) < 0 ? NULL : model->handle;
-}
-
 PyObject *session_fixed(SessionObject *self, PyObject *Py_UNUSED(ignored)) {
     int queued;
     dsv4_session *session = call_enter(state_of(Py_TYPE(self)), self, &queued);
@@ -74,7 +65,7 @@ PyObject *stores_function(PyObject *module, PyObject *args) {
     int position;
     if (!PyArg_ParseTuple(args, "O!i:stores", state->model_type, &model, &position))
         return NULL;
-    PyObject *handle = handle_of_model(state, model);
+    PyObject *handle = open_handle(state, model);
     if (!handle)
         return NULL;
     const dsv4_model *m = handle_of(handle)->model;
@@ -151,7 +142,7 @@ PyObject *load_session_function(PyObject *module, PyObject *args) {
     SessionObject *session = NULL;
     struct dsv4_saved_rows *rows = NULL;
     uint32_t *crcs = NULL;
-    PyObject *handle = handle_of_model(state, model);
+    PyObject *handle = open_handle(state, model);
     if (!handle)
         goto done;
     rows = parse_rows(list, &crcs);

@@ -5,9 +5,6 @@
 
 #include "module.h"
 
-/* The capsule of an open model of this process (borrowed), or NULL with an exception set. */
-PyObject *open_handle(const struct module_state *state, ModelObject *model);
-
 /*
  * Waits for a run and frees it; DSV4_OK, or another status with an exception set.  When a signal
  * handler raises (Ctrl-C), or the function of an edit, the run is cancelled and that exception is

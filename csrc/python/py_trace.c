@@ -4,7 +4,6 @@
 #include "py_trace.h"
 
 #include "py_device_array.h"
-#include "py_step.h"
 
 /* Rows in memory of the layer's device. */
 static int parse_memory(struct dsv4_tap *tap, PyObject *rows, const struct dsv4_value_shape *s,
