@@ -6,7 +6,7 @@ rows of its sequence's state.  What only index scores need counts from where the
 than a token attends to.  Operations count a product and its sum as two.  Source: SPEC 3, 6.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from dsv4 import memory
@@ -109,22 +109,41 @@ class Weights(NamedTuple):
     head: int
 
 
-def weights_per_token(tensors: Iterable[TensorInfo], config: Config) -> Weights:
-    layers = scores = head = 0.0
+def _multiplied(
+    tensors: Iterable[TensorInfo], config: Config
+) -> Iterator[tuple[TensorInfo, str, float]]:
+    """Matrices, their class, and the weights of each that a token is multiplied with."""
     for info in tensors:
         kind = class_of(info)
         if kind is None or len(info.shape) < 2 or info.name.endswith((".scale", ".ape")):
             continue
-        n = info.shape[0] * info.shape[1]
+        n = float(info.shape[0] * info.shape[1])
         if kind == EXPERTS:  # two codes a byte
-            layers += 2 * n * config.num_experts_per_tok / config.n_routed_experts
-        elif info.name.startswith(("head.", "hc_head")):
+            n *= 2 * config.num_experts_per_tok / config.n_routed_experts
+        yield info, kind, n
+
+
+def weights_per_token(tensors: Iterable[TensorInfo], config: Config) -> Weights:
+    layers = scores = head = 0.0
+    for info, _, n in _multiplied(tensors, config):
+        if info.name.startswith(("head.", "hc_head")):
             head += n
         elif makes_scores(info):
             scores += n
         else:
             layers += n
     return Weights(round(layers), round(scores), round(head))
+
+
+def class_weights(
+    tensors: Iterable[TensorInfo], config: Config, position: int
+) -> dict[str, int]:
+    """Weights that a token at a position, with logits, is multiplied with, by class."""
+    found = dict.fromkeys((DENSE_FP8, EXPERTS, TRUNK), 0.0)
+    for info, kind, n in _multiplied(tensors, config):
+        if scored(config, position) or not makes_scores(info):
+            found[kind] += n
+    return {kind: round(n) for kind, n in found.items()}
 
 
 def attention_work(config: Config, first: int, n: int) -> Work:

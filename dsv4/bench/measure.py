@@ -129,10 +129,13 @@ class Bench:
         return int(view.ctypes.data)
 
     def _pieces(self) -> list[tuple[int, int]]:
-        """The mapped files of all layers."""
+        """The mapped files of layers, those with experts."""
         pieces = []
-        for i, shard in enumerate(self.checkpoint.shards[1:], 1):
-            first = next(info for info in self.tensors if info.shard == i)
+        for i, shard in enumerate(self.checkpoint.shards):
+            first = next((info for info in self.tensors
+                          if info.shard == i and count.class_of(info) == count.EXPERTS), None)
+            if first is None:
+                continue
             self.kept.append(self.model._core.tensor(first.name))
             pieces.append((self.address(first.name) - first.offset, shard.size))
         return pieces

@@ -5,6 +5,11 @@ Every tensor the config asks for is there, in the official formats and in files 
 safetensors writers do (in memory: memfd_create), with codes and scales of ordinary size, so that
 values stay finite through all layers and every token chooses experts of its own.  What such a model
 says means nothing; how long it takes is what a real one takes.
+
+With `expert_sets` all layers and experts are there in less memory: the experts of that many layers
+serve all, in turn, and the other weights of a layer are those of the first of its kind.  Between
+two reads of the same byte a step still reads the layers in between, gigabytes of other ones, so
+each read comes from memory as if every layer had bytes of its own.
 """
 
 import json
@@ -111,6 +116,27 @@ def configure(
     )
 
 
+# ---- layers that share bytes ----
+
+def _lent(config: Mapping[str, Any], expert_sets: int | None) -> list[tuple[int, int]]:
+    """Of every layer: whose routed experts it has, and whose other tensors."""
+    found = kinds(config)
+    if expert_sets is None:
+        return [(i, i) for i in range(len(found))]
+    if not 1 <= expert_sets <= len(found):
+        raise ValueError(f"expert_sets: got {expert_sets}, wanted 1 to {len(found)}")
+    return [(i % expert_sets, found.index(kind)) for i, kind in enumerate(found)]
+
+
+def _source(name: str, lent: list[tuple[int, int]]) -> str:
+    """The tensor whose bytes this one has: itself, or that of another layer."""
+    words = name.split(".")
+    if words[0] == "layers":
+        experts, rest = lent[int(words[1])]
+        words[1] = str(experts if ".ffn.experts." in name else rest)
+    return ".".join(words)
+
+
 # ---- what fits ----
 
 class Need(NamedTuple):
@@ -124,11 +150,14 @@ class Need(NamedTuple):
         return self.expert * experts + self.rest + self.run
 
 
-def need(config: Mapping[str, Any]) -> Need:
+def need(config: Mapping[str, Any], expert_sets: int | None = None) -> Need:
     """What a model of this config takes, weights that are never touched left out."""
     c = Config.from_json(dict(config, n_routed_experts=config["num_experts_per_tok"]))
+    lent = _lent(config, expert_sets)
     expert = rest = 0
     for name, (dtypes, shape) in layout.expected(c).items():
+        if _source(name, lent) != name:
+            continue
         n = _nbytes(next(iter(dtypes)), shape)
         if ".experts." in name:
             expert += n
@@ -140,21 +169,25 @@ def need(config: Mapping[str, Any]) -> Need:
     return Need(expert // c.num_experts_per_tok, rest, run)
 
 
-def fitting(config: Mapping[str, Any], free: int | None = None) -> int:
+def fitting(
+    config: Mapping[str, Any], free: int | None = None, expert_sets: int | None = None
+) -> int:
     """Experts per layer that fit into the free memory with a rest left over, maybe none."""
     free = memory.available_memory() if free is None else free
-    needs = need(config)
+    needs = need(config, expert_sets)
     left = free - LEFT_FREE - free // 20 - needs.rest - needs.run
     return int(max(0, min(left // needs.expert, config["n_routed_experts"])))
 
 
-def check_fits(config: Mapping[str, Any], free: int | None = None) -> None:
+def check_fits(
+    config: Mapping[str, Any], free: int | None = None, expert_sets: int | None = None
+) -> None:
     """MemoryError with what is needed, what is free and what would fit."""
     free = memory.available_memory() if free is None else free
-    needs, experts = need(config), config["n_routed_experts"]
+    needs, experts = need(config, expert_sets), config["n_routed_experts"]
     if needs.total(experts) <= free:
         return
-    fits = fitting(config, free)
+    fits = fitting(config, free, expert_sets)
     layers = config["num_hidden_layers"]
     what = f"--experts {fits} would fit" if fits >= config["num_experts_per_tok"] else (
         "--quick needs less" if layers > QUICK_LAYERS else "nothing would fit")
@@ -293,7 +326,7 @@ def table(config: Mapping[str, Any]) -> tuple[Config, list[TensorInfo]]:
 
 def build(
     config: Mapping[str, Any], *, seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None, expert_sets: int | None = None,
 ) -> Checkpoint:
     """A checkpoint of this config in memory.
 
@@ -304,16 +337,22 @@ def build(
     seed : int
         The same seed gives the same bytes.
     progress : function of (bytes done, bytes in all), optional
+    expert_sets : int, optional
+        Only the experts of so many layers are there, for all layers in turn, and the other tensors
+        of the first layer of each kind; by default every tensor has bytes of its own.
 
     Returns
     -------
     Checkpoint
-        Its shards are files in memory: one for each layer and one for the rest.
+        Its shards are files in memory: one for each layer that has bytes of its own and one for the
+        rest.
 
     Raises
     ------
     MemoryError
         It does not fit; says what is needed, what is free and what would fit.
+    ValueError
+        More sets than layers, or none.
 
     Examples
     --------
@@ -322,13 +361,19 @@ def build(
     ...     len(tiny.shards) == tiny.config.num_hidden_layers + 1
     True
     """
-    check_fits(config)
+    check_fits(config, expert_sets=expert_sets)
     c, parts = _parts(config)
+    lent = _lent(config, expert_sets)
+    sources = {name: _source(name, lent) for part_tensors in parts for name in part_tensors}
+    own = [{name: what for name, what in part_tensors.items() if sources[name] == name}
+           for part_tensors in parts]
+    own = [part_tensors for part_tensors in own if part_tensors]
     files = _Files()
-    shards, tensors = [], {}
+    shards: list[Shard] = []
+    tensors: dict[str, TensorInfo] = {}
     try:
-        for i, part_tensors in enumerate(parts):
-            shard, infos = _create(i, len(parts), part_tensors, files)
+        for i, part_tensors in enumerate(own):
+            shard, infos = _create(i, len(own), part_tensors, files)
             shards.append(shard)
             tensors.update({info.name: info for info in infos})
         _fill(c, shards, tensors, seed, progress)
@@ -337,8 +382,9 @@ def build(
         raise
     return Checkpoint(
         folder=Path("synthetic"), config=c, shards=tuple(shards),
-        tensors=MappingProxyType(tensors), draft=None, draft_blocks=0, formats=layout.OFFICIAL,
-        warnings=(), _files=files,
+        tensors=MappingProxyType({name: tensors[source]._replace(name=name)
+                                  for name, source in sources.items()}),
+        draft=None, draft_blocks=0, formats=layout.OFFICIAL, warnings=(), _files=files,
     )
 
 

@@ -317,6 +317,36 @@ def test_a_part_is_some_of_the_layers(tiny: Checkpoint) -> None:
             assert np.array_equal(whole.layers[i](streams, ids), some.layers[i](streams, ids))
 
 
+def test_layers_share_bytes() -> None:
+    """Every layer is there: with the experts of layers 0 and 1 in turn, and all else of the first
+    layer of its kind."""
+    config = synthetic.configure(TINY, experts=8)
+    kinds = synthetic.kinds(config)
+    first = [kinds.index(kind) for kind in kinds]
+    assert first == [0, 1, 2, 3, 2, 3]
+    with synthetic.build(config, expert_sets=2) as shared:
+        _, wanted = synthetic.table(config)
+        assert {(t.name, t.dtype, t.shape) for t in wanted} == {
+            (t.name, t.dtype, t.shape) for t in shared.tensors.values()}
+        assert len(shared.shards) == 1 + 4
+        for name, info in shared.tensors.items():
+            words = name.split(".")
+            if words[0] == "layers":
+                layer = int(words[1])
+                words[1] = str(layer % 2 if ".ffn.experts." in name else first[layer])
+            assert info == shared.tensors[".".join(words)]._replace(name=name)
+        stored = {(t.shard, t.offset): t.nbytes for t in shared.tensors.values()}
+        assert sum(stored.values()) == sum(s.size - s.data_offset for s in shared.shards)
+        assert synthetic.need(config, 2).expert * 3 == synthetic.need(config).expert
+        with synthetic.load(shared, 1) as model:
+            one = measure.Bench(shared, model, None, 1)
+            assert len(one.limits.pieces) == 2
+            assert 7 < one.experts(16) <= 8
+        assert np.array_equal(logits(shared, 1), logits(shared, 2))
+    with pytest.raises(ValueError, match="expert_sets: got 7, wanted 1 to 6"):
+        synthetic.build(config, expert_sets=7)
+
+
 def test_tokens_choose_experts_of_their_own(tiny: Checkpoint) -> None:
     with synthetic.load(tiny, 1) as model:
         one = measure.Bench(tiny, model, None, 1)
