@@ -193,3 +193,15 @@ dsv4_status dsv4_cuda_prepare(const struct dsv4_cuda_plugin *p, int32_t device, 
              found.major, found.minor, p->built_for);
     return dsv4_cuda_status(p, p->runtime.prepare(device), doing, err);
 }
+
+dsv4_status dsv4_cuda_enter(struct dsv4_cuda_visit *v, const struct dsv4_cuda_plugin *p, dsv4_error *err) {
+    *v = (struct dsv4_cuda_visit){0};
+    DSV4_TRY(dsv4_cuda_status(p, p->runtime.context(&v->context), "the thread's context", err));
+    v->plugin = p;
+    return DSV4_OK;
+}
+
+void dsv4_cuda_leave(const struct dsv4_cuda_visit *v) {
+    if (v->plugin)
+        v->plugin->runtime.set_context(v->context);
+}

@@ -28,6 +28,16 @@ dsv4_status dsv4_cuda_properties(const struct dsv4_cuda_plugin *p, int32_t devic
                                  dsv4_error *err);
 dsv4_status dsv4_cuda_prepare(const struct dsv4_cuda_plugin *p, int32_t device, dsv4_error *err);
 
+/* What the calling thread has current: others in the process (torch, CuPy) go by it. */
+struct dsv4_cuda_visit {
+    const struct dsv4_cuda_plugin *plugin; /* NULL: nothing to go back to */
+    void *context;
+};
+
+/* Around all that a thread of somebody else does on devices.  What the thread has current is what it had, whatever fails. */
+dsv4_status dsv4_cuda_enter(struct dsv4_cuda_visit *v, const struct dsv4_cuda_plugin *p, dsv4_error *err);
+void dsv4_cuda_leave(const struct dsv4_cuda_visit *v);
+
 /*
  * DSV4_OK for code 0; else the failure of what was `doing` as one sentence: the code, its name, and what to do.
  * DSV4_E_MEMORY for memory of the device, DSV4_E_UNAVAILABLE where it cannot be used at all, else DSV4_E_DEVICE.

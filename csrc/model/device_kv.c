@@ -37,10 +37,16 @@ static void destroy(struct dsv4_mirror *k) {
 }
 
 void dsv4_mirror_destroy(struct dsv4_mirror *k) {
+    struct dsv4_cuda_visit visit; /* whoever lets a session go, a collector of garbage too */
+    dsv4_error ignored;
+    if (!k)
+        return;
+    dsv4_cuda_enter(&visit, k->device->plugin, &ignored);
     for (struct dsv4_mirror *next; k; k = next) {
         next = k->next;
         destroy(k);
     }
+    dsv4_cuda_leave(&visit);
 }
 
 void dsv4_mirror_forget(struct dsv4_mirror *k) {

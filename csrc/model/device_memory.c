@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Memory of devices for callers: what traces fill, and where weights lie.  Every call has a stream of its own, as that of
- * the passes may be captured into a graph meanwhile, and leaves the calling thread's current device as it was.  A fault
+ * the passes may be captured into a graph meanwhile, and what the calling thread has current stays as it was.  A fault
  * is that of the call: if the device is lost the next step says so.
  */
 #include <stdlib.h>
@@ -54,20 +54,22 @@ int32_t dsv4_model_device(const dsv4_model *m, int32_t layer) {
     return d ? d->number : -1;
 }
 
-/* The thread's current device, to go back to. */
 struct visit {
     const struct dsv4_cuda_runtime *rt;
-    int32_t before;
+    struct dsv4_cuda_visit back;
 };
 
-static dsv4_status enter(struct visit *v, const struct dsv4_device *d, dsv4_error *err) {
-    *v = (struct visit){.rt = &d->plugin->runtime};
-    DSV4_TRY(dsv4_cuda_status(d->plugin, v->rt->current(&v->before), "the current device", err));
-    return dsv4_cuda_status(d->plugin, v->rt->prepare(d->number), "the device", err);
+static void leave(const struct visit *v) {
+    dsv4_cuda_leave(&v->back);
 }
 
-static void leave(const struct visit *v) {
-    v->rt->prepare(v->before);
+static dsv4_status enter(struct visit *v, const struct dsv4_device *d, dsv4_error *err) {
+    v->rt = &d->plugin->runtime;
+    DSV4_TRY(dsv4_cuda_enter(&v->back, d->plugin, err));
+    dsv4_status status = dsv4_cuda_status(d->plugin, v->rt->prepare(d->number), "the device", err);
+    if (status != DSV4_OK)
+        leave(v);
+    return status;
 }
 
 /* As enter, and a stream. */

@@ -32,9 +32,12 @@ dsv4_status dsv4_devices(struct dsv4_device_facts *out, int32_t capacity, int32_
                          const char *plugin, const char *driver, dsv4_error *err) {
     const struct dsv4_cuda_plugin *p;
     DSV4_TRY(dsv4_cuda_load(&p, &(struct dsv4_cuda_paths){plugin, driver}, err));
+    struct dsv4_cuda_visit visit;
     DSV4_TRY(dsv4_cuda_count(p, n, err));
+    DSV4_TRY(dsv4_cuda_enter(&visit, p, err));
     for (int32_t i = 0; i < *n && i < capacity; i++)
         describe(p, i, &out[i]);
+    dsv4_cuda_leave(&visit);
     *facts = (struct dsv4_plugin_facts){p->cuda_version, p->built_for};
     return DSV4_OK;
 }

@@ -196,13 +196,9 @@ static dsv4_status check_devices(const dsv4_model *m, dsv4_error *err) {
     return DSV4_OK;
 }
 
-static dsv4_status build(struct dsv4_pipeline *p, const dsv4_model *m, dsv4_error *err) {
-    const struct dsv4_cuda_plugin *plugin;
-    struct dsv4_cuda_paths paths = {m->options.cuda_plugin, m->options.cuda_driver};
+static dsv4_status build(struct dsv4_pipeline *p, const dsv4_model *m, const struct dsv4_cuda_plugin *plugin,
+                         dsv4_error *err) {
     int32_t n = m->options.n_cuda_device;
-    DSV4_TRY(check_devices(m, err));
-    DSV4_TRY(check_experts(m, err));
-    DSV4_TRY(dsv4_cuda_load(&plugin, &paths, err));
     p->stages = calloc((size_t)n, sizeof *p->stages);
     if (!p->stages)
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for %d devices", n);
@@ -222,24 +218,37 @@ static dsv4_status build(struct dsv4_pipeline *p, const dsv4_model *m, dsv4_erro
 }
 
 dsv4_status dsv4_pipeline_create(struct dsv4_pipeline **out, const dsv4_model *m, dsv4_error *err) {
+    const struct dsv4_cuda_plugin *plugin;
+    struct dsv4_cuda_paths paths = {m->options.cuda_plugin, m->options.cuda_driver};
+    struct dsv4_cuda_visit visit;
+    DSV4_TRY(check_devices(m, err));
+    DSV4_TRY(check_experts(m, err));
+    DSV4_TRY(dsv4_cuda_load(&plugin, &paths, err));
     struct dsv4_pipeline *p = calloc(1, sizeof *p);
     if (!p)
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for a device");
-    dsv4_status status = build(p, m, err);
-    if (status != DSV4_OK) {
+    dsv4_status status = dsv4_cuda_enter(&visit, plugin, err);
+    if (status == DSV4_OK)
+        status = build(p, m, plugin, err);
+    if (status == DSV4_OK)
+        *out = p;
+    else
         dsv4_pipeline_destroy(p);
-        return status;
-    }
-    *out = p;
-    return DSV4_OK;
+    dsv4_cuda_leave(&visit);
+    return status;
 }
 
 void dsv4_pipeline_destroy(struct dsv4_pipeline *p) {
+    struct dsv4_cuda_visit visit = {0};
+    dsv4_error ignored;
     if (!p)
         return;
+    if (p->n)
+        dsv4_cuda_enter(&visit, p->stages->plugin, &ignored);
     dsv4_nccl_destroy(p->nccl, p->dead.code != DSV4_OK);
     for (int32_t i = 0; i < p->n; i++)
         dsv4_device_destroy(&p->stages[i]);
+    dsv4_cuda_leave(&visit);
     free(p->stages);
     free(p);
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plugin's one exported symbol, and the CUDA runtime as the engine sees it (runtime.h).
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -47,8 +48,28 @@ static int prepare(int32_t device) {
     return told(code != cudaSuccess ? code : cudaFuncGetAttributes(&attributes, dsv4_cuda_probe));
 }
 
-static int current(int32_t *device) {
-    return told(cudaGetDevice(device));
+// A function of the driver, which the runtime has loaded and this file is not linked to.  The numbers of CUresult that such
+// a one gives are those of cudaError_t.
+template <class F> static F *driver(const char *name) {
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    cudaError_t code = cudaGetDriverEntryPointByVersion(name, &found, 4000, cudaEnableDefault, &result);
+#else
+    cudaError_t code = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+    return told(code) ? nullptr : (F *)found;
+}
+
+static int context(void **out) {
+    static auto *get = driver<CUresult(CUcontext *)>("cuCtxGetCurrent");
+    *out = nullptr;
+    return get ? (int)get((CUcontext *)out) : (int)cudaErrorSymbolNotFound;
+}
+
+static int set_context(void *context) {
+    static auto *set = driver<CUresult(CUcontext)>("cuCtxSetCurrent");
+    return set ? (int)set((CUcontext)context) : (int)cudaErrorSymbolNotFound;
 }
 
 static int free_bytes(uint64_t *out) {
@@ -181,8 +202,8 @@ extern "C" __attribute__((visibility("default"))) const struct dsv4_cuda_plugin 
         sizeof(struct dsv4_cuda_plugin),
         CUDART_VERSION,
         DSV4_CUDA_BUILT_FOR,
-        {device_count, properties, prepare, current, free_bytes, allocate, release, stream_create, stream_destroy, synchronize,
-         upload, download, copy, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
+        {device_count, properties, prepare, context, set_context, free_bytes, allocate, release, stream_create,
+         stream_destroy, synchronize, upload, download, copy, host_allocate, host_release, stream_done, event_create, event_destroy, event_record,
          event_wait, event_done, capture_begin, capture_end, graph_launch, graph_destroy, error_name, error_text},
         {
 #define X(op) dsv4_cuda_##op,

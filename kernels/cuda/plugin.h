@@ -10,7 +10,7 @@
 #include "launches.h"
 #include "runtime.h"
 
-enum { DSV4_CUDA_ABI = 15 };
+enum { DSV4_CUDA_ABI = 16 };
 
 struct dsv4_cuda_plugin {
     uint32_t abi;          /* DSV4_CUDA_ABI */

@@ -21,7 +21,12 @@ struct dsv4_cuda_runtime {
     int (*properties)(struct dsv4_cuda_properties *out, int32_t device);
     /* Whether the plugin has code for this device; makes it the current device of the calling thread. */
     int (*prepare)(int32_t device);
-    int (*current)(int32_t *device); /* of the calling thread */
+    /*
+     * What the calling thread has current, NULL for nothing, and back to it.  A context rather than a device: that of a thread
+     * may be none of a device's own, and a device that is made current gets one, with memory of its own.
+     */
+    int (*context)(void **out);
+    int (*set_context)(void *context);
     int (*free_bytes)(uint64_t *out); /* of the current device */
     int (*allocate)(void **out, uint64_t bytes); /* aligned to 256; *out is NULL on failure */
     int (*release)(void *p);                     /* waits for what runs; NULL is legal */

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from steps import require_device
+from steps import context_kept, require_device
 
 import dsv4
 from dsv4 import devices
@@ -73,14 +73,15 @@ def host_device(place: str, request: pytest.FixtureRequest, tmp_path: Path,
                 monkeypatch: pytest.MonkeyPatch,
                 shared_library: Callable[..., Path]) -> Iterator[None]:
     """The host's plugin in place of the one that was built; or that one, and a device.  Counts of
-    experts stay out of the user's folder."""
+    experts stay out of the user's folder; what the thread has current is what it was."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     if place == "device":
         require_device()
         yield
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "PLUGIN", request.getfixturevalue("host_plugin"))
+    plugin = request.getfixturevalue("host_plugin")
+    with pytest.MonkeyPatch.context() as patch, context_kept(plugin):
+        patch.setattr(devices, "PLUGIN", plugin)
         patch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
         yield
 

@@ -20,7 +20,7 @@ struct device {
 
 device devices[MAX_DEVICES];
 std::map<const void *, int> streams;
-thread_local int current;
+thread_local void *current; // context
 int at_work = -1;
 
 void allow(int d, bool yes) {
@@ -38,12 +38,23 @@ int dsv4_host_count() {
     return n < MAX_DEVICES ? n : MAX_DEVICES;
 }
 
-int dsv4_host_current() {
+void *dsv4_host_context() {
     return current;
 }
 
+void dsv4_host_set_context(void *context) {
+    current = context;
+}
+
+int dsv4_host_current() {
+    for (int i = 0; i < MAX_DEVICES; i++)
+        if (!current || current == &devices[i])
+            return i;
+    return -1;
+}
+
 void dsv4_host_set_current(int d) {
-    current = d;
+    current = &devices[d];
 }
 
 uint64_t dsv4_host_total(int d) {

@@ -8,7 +8,10 @@
 #include <stdint.h>
 
 int dsv4_host_count();
-int dsv4_host_current(); // of the calling thread
+// The calling thread's context: a device's own, NULL, which counts as the first device, or somebody else's.
+void *dsv4_host_context();
+void dsv4_host_set_context(void *context);
+int dsv4_host_current(); // of whose it is; -1: of no device's
 void dsv4_host_set_current(int device);
 
 uint64_t dsv4_host_total(int device);

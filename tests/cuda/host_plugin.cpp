@@ -26,6 +26,8 @@
 
 namespace {
 
+enum { INVALID_CONTEXT = 201 };
+
 struct arrival {
     void *stream, *to;
     std::vector<char> bytes;
@@ -147,13 +149,20 @@ int prepare(int32_t device) {
     return fails("prepare");
 }
 
-int current(int32_t *device) {
-    *device = dsv4_host_current();
-    return fails("current");
+int context(void **out) {
+    *out = dsv4_host_context();
+    return fails("context");
+}
+
+int set_context(void *wanted) {
+    dsv4_host_set_context(wanted);
+    return 0;
 }
 
 int free_bytes(uint64_t *out) {
     int device = dsv4_host_current();
+    if (device < 0)
+        return INVALID_CONTEXT;
     *out = dsv4_host_total(device) - dsv4_host_used(device);
     return fails("free_bytes");
 }
@@ -162,6 +171,8 @@ int allocate(void **out, uint64_t bytes) {
     *out = nullptr;
     if (int code = forbidden())
         return code;
+    if (dsv4_host_current() < 0)
+        return INVALID_CONTEXT;
     if (int code = fails("allocate"))
         return code;
     *out = dsv4_host_take(dsv4_host_current(), bytes);
@@ -177,6 +188,8 @@ int release(void *p) {
 
 int stream_create(void **out) {
     *out = nullptr;
+    if (dsv4_host_current() < 0)
+        return INVALID_CONTEXT;
     if (int code = fails("stream_create"))
         return code;
     *out = new dsv4_host_stream{};
@@ -431,6 +444,15 @@ EXPORTED uint64_t host_live(void) {
     return sum;
 }
 
+// What the calling thread has current, as others in the process find and leave it.
+EXPORTED void *host_context(void) {
+    return dsv4_host_context();
+}
+
+EXPORTED void host_set_context(void *context) {
+    dsv4_host_set_context(context);
+}
+
 // Bytes of the device in use.
 EXPORTED uint64_t host_used(void) {
     return used();
@@ -477,8 +499,8 @@ EXPORTED const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
         13000,
         "the host",
 #define L(f) locked<f>::call
-        {L(device_count), L(properties), L(prepare), L(current), L(free_bytes), L(allocate), L(release),
-         L(stream_create), L(stream_destroy), L(synchronize), L(upload), L(download), L(copy_here),
+        {L(device_count), L(properties), L(prepare), L(context), L(set_context), L(free_bytes), L(allocate),
+         L(release), L(stream_create), L(stream_destroy), L(synchronize), L(upload), L(download), L(copy_here),
          L(host_allocate), L(host_release), L(stream_done), L(event_create), L(event_destroy), L(event_record),
          L(event_wait), L(event_done), L(capture_begin), L(capture_end), L(graph_launch), L(graph_destroy),
          error_name, error_text},

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of steps on the device need and compare."""
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,18 @@ def require_device() -> None:
     state = devices.find().state
     if state != "ready":
         pytest.fail(f"no CUDA device can be used: {state}", pytrace=False)
+
+
+@contextlib.contextmanager
+def context_kept(plugin: Path) -> Iterator[None]:
+    """The thread has a context of somebody's (torch, CuPy) current, and has it still at the end."""
+    library, somebodys = ctypes.CDLL(str(plugin)), 0x1234560
+    library.host_context.restype = ctypes.c_void_p
+    library.host_set_context(ctypes.c_void_p(somebodys))
+    yield
+    left = library.host_context()
+    library.host_set_context(None)
+    assert left == somebodys, "the thread's current context was not restored"
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

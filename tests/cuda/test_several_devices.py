@@ -7,11 +7,12 @@ import gc
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from steps import context_kept
 
 import dsv4
 from dsv4 import devices, loading
@@ -26,7 +27,7 @@ Load = Callable[..., dsv4.Model]
 
 @pytest.fixture(autouse=True)
 def machine(host_plugin: Path, shared_library: Callable[..., Path],
-            monkeypatch: pytest.MonkeyPatch) -> None:
+            monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three devices that were found right before."""
     monkeypatch.setattr(devices, "PLUGIN", host_plugin)
     monkeypatch.setattr(devices, "DRIVER", str(shared_library("driver.c")))
@@ -34,6 +35,8 @@ def machine(host_plugin: Path, shared_library: Callable[..., Path],
     groups = ("0", "1", "2", "01", "10", "20", "012", "210")
     monkeypatch.setattr(loading, "_checked", {(str(host_plugin), *group) for group in groups})
     monkeypatch.setenv("HOST_DEVICES", "3")
+    with context_kept(host_plugin):
+        yield
 
 
 @pytest.fixture

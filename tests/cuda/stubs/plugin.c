@@ -32,6 +32,16 @@ static int prepare(int32_t device) {
     return number("STUB_PREPARE", 0);
 }
 
+static int context(void **out) {
+    *out = NULL;
+    return number("STUB_CONTEXT", 0);
+}
+
+static int set_context(void *context) {
+    (void)context;
+    return 0;
+}
+
 static int free_bytes(uint64_t *out) {
     *out = (uint64_t)139 << 30;
     return number("STUB_FREE_BYTES", 0);
@@ -52,7 +62,9 @@ const struct dsv4_cuda_plugin *dsv4_cuda_plugin(void) {
     static struct dsv4_cuda_plugin plugin = {
         .abi = STUB_ABI, .bytes = STUB_BYTES, .cuda_version = 13000, .built_for = "sm_90a",
         .runtime = {.device_count = device_count, .properties = properties, .prepare = prepare,
-                    .free_bytes = free_bytes, .error_name = error_name, .error_text = error_text},
+                    .context = context, .set_context = set_context, .free_bytes = free_bytes,
+                    .error_name = error_name,
+                    .error_text = error_text},
     };
     return &plugin;
 }
