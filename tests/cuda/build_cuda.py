@@ -26,7 +26,8 @@ from build import setup_constants  # noqa: E402
 
 INCLUDE = [f"-I{ROOT / folder}" for folder in (
     ".", "kernels", "kernels/cuda", "kernels/cpu/ref", "csrc", "tests/cuda", "tests/c")]
-C_FLAGS = ["-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off"]
+C_FLAGS = ["-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fPIC",
+           "-fvisibility=hidden"]
 C_WARN = ["-Wall", "-Wextra", "-Wshadow", "-Wundef", "-Werror"]
 # most registers a thread and bytes of shared memory a block of any kernel in a file may use, on
 # every architecture; spills are never allowed
@@ -70,9 +71,35 @@ def parallel(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]
     return results
 
 
-def build(folder: Path, flags: tuple[str, ...] = (), device: bool = False) -> Path:
-    """Compiles the checks and returns the program: with the kernels for the CPU, or, to be run on a
-    device, without any (on_device.c)."""
+def objects_of(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
+    """Compiles them; what is no .c is C++."""
+    commands, objects = [], [folder / f"{source.name}.o" for source in sources]
+    for source, target in zip(sources, objects, strict=True):
+        kind = (["gcc", "-std=c11"] if source.suffix == ".c" else
+                ["g++", "-std=c++17", "-Wno-unknown-pragmas", "-x", "c++"])
+        commands.append([*kind, *C_FLAGS, *C_WARN, *flags, *INCLUDE, "-c", str(source),
+                         "-o", str(target)])
+    parallel(commands)
+    return objects
+
+
+def host_kernels(folder: Path) -> list[Path]:
+    """Compiles every kernel for the CPU, for the checks and the plugin of the tests alike."""
+    kernels = [p for p in (ROOT / "kernels" / "cuda").glob("*.cu") if p.stem in BUDGETS]
+    return objects_of([*sorted(kernels), HERE / "host.cpp"], folder)
+
+
+def build_plugin(folder: Path, kernels: list[Path]) -> Path:
+    """The plugin with its real kernels, executed on the CPU: host_plugin.cpp."""
+    files = [HERE / f"host_{name}.cpp" for name in ("plugin", "devices", "nccl")]
+    rest = objects_of(files, folder, "-Wno-shadow")  # the plugin's symbol is named as its struct
+    target = folder / "host_plugin.so"
+    parallel([["g++", "-shared", *map(str, kernels), *map(str, rest), "-o", str(target)]])
+    return target
+
+
+def check_objects(folder: Path) -> list[Path]:
+    """Compiles the checks, but for what executes the launches."""
     table = folder / "families.c"
     names = families()
     table.write_text("\n".join([
@@ -81,22 +108,19 @@ def build(folder: Path, flags: tuple[str, ...] = (), device: bool = False) -> Pa
         "extern const struct check_family check_families[];",
         "const struct check_family check_families[] = {",
         *(f'    {{"{name}", check_{name}}},' for name in names), "    {0, 0}};", ""]))
-    c_files = [*(ROOT / "kernels" / "cpu").glob("*.c"), *(ROOT / "kernels/cpu/ref").glob("*.c"),
-               ROOT / "tests" / "c" / "check.c", *HERE.glob("check_*.c"), table,
-               ROOT / "csrc" / "core" / "status.c", ROOT / "csrc" / "gen" / "sampler.c"]
-    kernels = [p for p in (ROOT / "kernels" / "cuda").glob("*.cu") if p.stem in BUDGETS]
-    on_host = [*kernels, HERE / "host.cpp", ROOT / "tests" / "c" / "memory.c"]
-    commands, objects = [], []
-    for source in sorted(c_files) + ([DEVICE] if device else sorted(on_host)):
-        objects.append(str(folder / f"{source.name}.o"))
-        kind = (["gcc", "-std=c11"] if source.suffix == ".c" else
-                ["g++", "-std=c++17", "-Wno-unknown-pragmas", "-x", "c++"])
-        commands.append([*kind, *C_FLAGS, *C_WARN, *flags, *INCLUDE, "-c", str(source),
-                         "-o", objects[-1]])
-    parallel(commands)
+    return objects_of(sorted([
+        *(ROOT / "kernels" / "cpu").glob("*.c"), *(ROOT / "kernels/cpu/ref").glob("*.c"),
+        ROOT / "tests" / "c" / "check.c", *HERE.glob("check_*.c"), table,
+        ROOT / "csrc" / "core" / "status.c", ROOT / "csrc" / "gen" / "sampler.c"]), folder)
+
+
+def build(folder: Path, checks: list[Path], kernels: list[Path] | None) -> Path:
+    """The program of the checks: with the kernels for the CPU, or, to be run on a device, without
+    any (on_device.c)."""
+    memory = DEVICE if kernels is None else ROOT / "tests" / "c" / "memory.c"
+    objects = [*checks, *objects_of([memory], folder), *(kernels or [])]
     program = folder / "checks"
-    parallel([["g++", *objects, *flags, "-pthread", "-ldl", "-lm", "-o",
-               str(program)]])
+    parallel([["g++", *map(str, objects), "-pthread", "-ldl", "-lm", "-o", str(program)]])
     return program
 
 
@@ -164,5 +188,7 @@ if __name__ == "__main__":
 
             environment.setdefault("CHECK_PLUGIN", str(PLUGIN))
         with tempfile.TemporaryDirectory() as scratch:
-            checks = build(Path(scratch), device=options.device)
+            folder = Path(scratch)
+            kernels = None if options.device else host_kernels(folder)
+            checks = build(folder, check_objects(folder), kernels)
             sys.exit(subprocess.run([str(checks), *options.arguments], env=environment).returncode)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared libraries compiled for the tests."""
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import build_cuda
 import pytest
 from steps import context_kept, require_device
 
@@ -36,27 +38,47 @@ def shared_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
 
 @pytest.fixture(scope="session")
-def host_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_all_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of one run of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compiled_once(folder: Path, name: str, make: Callable[[Path], list[Path]]) -> list[Path]:
+    made = folder / f"{name}.txt"
+    with alone(folder):
+        if not made.exists():
+            made.write_text("\n".join(map(str, make(folder))))
+        return [Path(line) for line in made.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def host_kernels(of_all_processes: Path) -> list[Path]:
+    """Objects of all kernels, for the CPU."""
+    return compiled_once(of_all_processes, "kernels", build_cuda.host_kernels)
+
+
+@pytest.fixture(scope="session")
+def check_objects(of_all_processes: Path) -> list[Path]:
+    """Objects of the checks of the kernels."""
+    return compiled_once(of_all_processes, "checks", build_cuda.check_objects)
+
+
+@pytest.fixture(scope="session")
+def host_plugin(of_all_processes: Path, host_kernels: list[Path]) -> Path:
     """The plugin with its real kernels, executed on the CPU: host_plugin.cpp."""
-    folder = tmp_path_factory.mktemp("host_plugin")
-    here, kernels = ROOT / "tests" / "cuda", ROOT / "kernels" / "cuda"
-    sources = [*(here / f"host{name}.cpp" for name in ("", "_plugin", "_devices", "_nccl")),
-               *(p for p in sorted(kernels.glob("*.cu")) if p.stem != "plugin")]
-    include = [f"-I{p}" for p in (ROOT, ROOT / "kernels", kernels, here)]
-    flags = ["-std=c++17", "-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off", "-fPIC",
-             "-fvisibility=hidden", "-Wno-unknown-pragmas"]
-
-    def compiled(source: Path) -> Path:
-        made = folder / f"{source.stem}.o"
-        subprocess.run(["g++", *flags, *include, "-x", "c++", "-c", str(source), "-o", str(made)],
-                       check=True)
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compiled, sources))
-    target = folder / "host_plugin.so"
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(target)], check=True)
-    return target
+    made = of_all_processes / "host_plugin.so"
+    with alone(of_all_processes):
+        return made if made.exists() else build_cuda.build_plugin(of_all_processes, host_kernels)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -4,7 +4,6 @@
 
 #include <numeric>
 #include <set>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -15,7 +14,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 64 << 10, SHARED_BYTES = 48 << 10 };
-enum state { READY, AT_BLOCK, AT_WARP, AT_MMA, DONE };
+enum state : unsigned char { READY, AT_BLOCK, AT_WARP, AT_MMA, DONE };
 
 struct copy {
     void *to;
@@ -23,11 +22,18 @@ struct copy {
     int group;
 };
 
+// The compiler's own jumps: those of the library cost several times as much, and swapping contexts asks the kernel for
+// signal masks.
+typedef void *jump[5];
+
+// Not in a function that is jumped to.
+[[noreturn]] __attribute__((noipa)) void go(void **to) {
+    __builtin_longjmp(to, 1);
+}
+
 struct fiber {
-    ucontext_t context;
-    jmp_buf jump; // where it stopped: cheaper than swapping contexts, which asks the kernel for signal masks
-    bool started;
-    enum state state;
+    jump stopped;
+    bool started; // for good: it goes from one block to the next, of whatever launch
     size_t shared_at;
     unsigned exchanges, votes;
     int group;
@@ -37,8 +43,10 @@ struct fiber {
 };
 
 fiber fibers[MAX_THREADS];
+state states[MAX_THREADS];
 unsigned char *stacks;
-jmp_buf scheduler;
+jump scheduler;
+size_t shared_used; // of this block, at most
 unsigned current, n_threads;
 uint64_t slots[MAX_THREADS / WARP][2][WARP];
 int votes[2][MAX_THREADS];
@@ -56,45 +64,49 @@ bool late_copies;
     exit(1);
 }
 
-void body() {
-    kernel_body(kernel_args);
-    if (!fibers[current].copies.empty())
-        fail("ended with an asynchronous copy under way");
-    fibers[current].state = DONE;
-    longjmp(scheduler, 1);
+__attribute__((noinline)) void pause(state s) {
+    states[current] = s;
+    if (!__builtin_setjmp(fibers[current].stopped))
+        go(scheduler);
 }
 
-void resume(unsigned t) {
-    fiber &f = fibers[t];
+void body() {
+    for (;;) {
+        kernel_body(kernel_args);
+        if (!fibers[current].copies.empty())
+            fail("ended with an asynchronous copy under way");
+        pause(DONE);
+    }
+}
+
+[[noreturn]] void start(unsigned t) {
+    ucontext_t context;
+    fibers[t].started = true;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + (size_t)t * STACK_BYTES;
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, body, 0);
+    setcontext(&context);
+    abort();
+}
+
+__attribute__((noinline)) void resume(unsigned t) {
     current = t;
     threadIdx = dim3(t);
-    if (setjmp(scheduler))
+    if (__builtin_setjmp(scheduler))
         return;
-    if (f.started)
-        longjmp(f.jump, 1);
-    f.started = true;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks + (size_t)t * STACK_BYTES;
-    f.context.uc_stack.ss_size = STACK_BYTES;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, body, 0);
-    setcontext(&f.context);
-}
-
-void pause(enum state s) {
-    fiber &f = fibers[current];
-    f.state = s;
-    if (!setjmp(f.jump))
-        longjmp(scheduler, 1);
+    if (fibers[t].started)
+        go(fibers[t].stopped);
+    start(t);
 }
 
 // Lets the threads [first, end) that wait at `s` go on if all of them do.
-bool release(unsigned first, unsigned end, enum state s) {
+bool release(unsigned first, unsigned end, state s) {
     for (unsigned t = first; t < end; t++)
-        if (fibers[t].state != s)
+        if (states[t] != s)
             return false;
-    for (unsigned t = first; t < end; t++)
-        fibers[t].state = READY;
+    memset(states + first, READY, end - first);
     return true;
 }
 
@@ -156,17 +168,17 @@ void run_warp(unsigned first, unsigned turn) {
     do
         for (unsigned i = 0; i < WARP; i++) {
             unsigned t = first + (turn % 3 == 0 ? i : turn % 3 == 1 ? WARP - 1 - i : (i * 13 + turn) % WARP);
-            if (fibers[t].state == READY)
+            if (states[t] == READY)
                 resume(t);
         }
     while (release(first, first + WARP, AT_WARP) || multiply(first));
 }
 
 void run_block(unsigned turn) {
-    memset(shared, 0xff, sizeof shared);
+    memset(shared, 0xff, shared_used);
+    shared_used = 0;
     for (unsigned t = 0; t < n_threads; t++) {
-        fibers[t].started = false;
-        fibers[t].state = READY;
+        states[t] = READY;
         fibers[t].shared_at = fibers[t].exchanges = fibers[t].votes = 0;
         fibers[t].group = 0;
     }
@@ -175,7 +187,7 @@ void run_block(unsigned turn) {
             run_warp((turn % 2 ? n - 1 - i : i) * WARP, turn);
     while (release(0, n_threads, AT_BLOCK));
     for (current = 0; current < n_threads; current++)
-        if (fibers[current].state != DONE)
+        if (states[current] != DONE)
             fail("waits at a barrier that others do not reach");
 }
 
@@ -226,6 +238,8 @@ void *dsv4_host_shared(size_t bytes) {
     f.shared_at += (bytes + 15) / 16 * 16;
     if (f.shared_at > SHARED_BYTES)
         fail("more than 48 KB of shared memory");
+    if (f.shared_at > shared_used)
+        shared_used = f.shared_at;
     return p;
 }
 
@@ -265,8 +279,10 @@ int dsv4_host_launch(void *stream, const dsv4_host_node &launch) {
         ((dsv4_host_stream *)stream)->nodes.push_back(launch);
         return 0;
     }
-    if (!stacks)
+    if (!stacks) {
         stacks = (unsigned char *)malloc((size_t)MAX_THREADS * STACK_BYTES);
+        memset(shared, 0xff, sizeof shared);
+    }
     kernel_body = launch.body;
     kernel_args = launch.args.data();
     n_threads = threads;

@@ -3,20 +3,18 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import build_cuda
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import build_cuda  # noqa: E402
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
-def test_kernels_on_the_cpu(tmp_path: Path) -> None:
-    program = build_cuda.build(tmp_path)
+def test_kernels_on_the_cpu(
+    tmp_path: Path, check_objects: list[Path], host_kernels: list[Path]
+) -> None:
+    program = build_cuda.build(tmp_path, check_objects, host_kernels)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(build_cuda.families())

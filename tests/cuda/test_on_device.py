@@ -5,10 +5,10 @@ this folder that ask for one.  What can be looked at without a device, is."""
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import build_cuda
 import numpy as np
 import pytest
 from steps import require_device, same, same_state
@@ -16,17 +16,13 @@ from steps import require_device, same, same_state
 import dsv4
 from dsv4 import devices
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import build_cuda  # noqa: E402
-
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
 DEAR = ("linear", "linear_mma", "moe", "sampler")  # families that take seconds on the host
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_cuda.build(tmp_path_factory.mktemp("checks"), ("-O1",), device=True)
+def program(tmp_path_factory: pytest.TempPathFactory, check_objects: list[Path]) -> Path:
+    return build_cuda.build(tmp_path_factory.mktemp("checks"), check_objects, None)
 
 
 def run(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
