@@ -26,25 +26,26 @@ What hooks of TransformerLens are called here, for a layer ``i`` (also as `HOOKS
 ===================================  ==========================================================
 """
 
-import difflib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dsv4 import _core
-from dsv4.arrays import WANT, Float32, Int32, Logits, to_bf16, wanted_rows
-from dsv4.device_columns import DeviceColumn
-from dsv4.device_columns import check_room as check_device
+from dsv4.arrays import WANT, Float32, Int32, Logits, to_bf16
 from dsv4.memory import available_memory, size
-from dsv4.trace_columns import Column, Row
+from dsv4.trace_parts import (
+    HOOKS,
+    PARTS,
+    Select,
+    chosen_layers,
+    nearest,
+    new_folder,
+    on_device,
+)
+from dsv4.trace_recording import NAN, Recording
 from dsv4.trace_views import (
     AttentionTrace,
     HyperTrace,
@@ -64,46 +65,10 @@ if TYPE_CHECKING:
     from dsv4.model import Model
     from dsv4.session import Session
 
-Select: TypeAlias = bool | Sequence[int] | None
-Tap = tuple[int, int, Any]
-
-# what can be asked for -> values of the engine (enum dsv4_value) that it copies
-PARTS: dict[str, tuple[str, ...]] = {
-    "router": ("experts", "expert_weights", "router_scores"),
-    "indexer": ("index_selected", "index_scores"),
-    "streams": ("streams",),
-    "streams_in": ("streams_in",),
-    "streams_mid": ("streams_mid",),
-    "kv": ("kv", "kv_compressed", "kv_index"),
-    "attention": ("attention_weights", "index_selected"),
-    "heads": ("heads",),
-    "hyper": tuple(f"{site}_{part}" for site in ("attention", "ffn")
-                   for part in ("pre", "post", "comb")),
-    "sublayers": ("attention_in", "attention_out", "ffn_in", "ffn_out"),
-}
-# a hook of TransformerLens -> the expression of a trace
-HOOKS: dict[str, str] = {
-    "hook_embed": "streams_in[0]",
-    "blocks.i.hook_resid_pre": "streams_in[i]",
-    "blocks.i.ln1.hook_normalized": "sublayers[i].attention_in",
-    "blocks.i.attn.hook_k": "kv[i].window",
-    "blocks.i.attn.hook_v": "kv[i].window",
-    "blocks.i.attn.hook_pattern": "attention[i].window",
-    "blocks.i.attn.hook_z": "heads[i]",
-    "blocks.i.hook_attn_out": "sublayers[i].attention_out",
-    "blocks.i.hook_resid_mid": "streams_mid[i]",
-    "blocks.i.ln2.hook_normalized": "sublayers[i].ffn_in",
-    "blocks.i.mlp.hook_expert_indices": "router[i].experts",
-    "blocks.i.mlp.hook_expert_weights": "router[i].weights",
-    "blocks.i.hook_mlp_out": "sublayers[i].ffn_out",
-    "blocks.i.hook_resid_post": "streams[i]",
-}
-NAN, NONE = float("nan"), 0.0
-# tokens whose logits come out at once: 66 MB with the published vocabulary
-ROWS_AT_ONCE = 128
+__all__ = ["HOOKS", "PARTS", "Trace", "checked", "requested"]
 
 
-class Trace:
+class Trace(Recording):
     """What to copy out of a model, and what was copied; see `Model.trace`.
 
     Give it to `Session.append` (or `Model.step`, `generate`, `stream`, `batch`) as ``trace=``: it
@@ -173,65 +138,19 @@ class Trace:
             raise ValueError(f"logits: got {logits!r}, wanted 'all', 'last' or 'none'")
         if not isinstance(nll, bool):
             raise TypeError(f"nll: got {nll!r}, wanted True or False")
-        self.model = model
-        self.position = 0
-        self.session: Session | None = None
-        self._keeps, self._scores = logits, nll
         asked = dict(
             router=router, indexer=indexer, streams=streams, streams_in=streams_in,
             streams_mid=streams_mid, kv=kv, attention=attention, heads=heads, hyper=hyper,
             sublayers=sublayers)
-        self.parts = {part: _layers(model, part, which) for part, which in asked.items()
-                      if which is not None and which is not False}
-        self.device = _on_device(model, device, attention, out)
-        self._folder = None if out is None else _new_folder(out)
-        self._make_columns()
-        self._last: Float32 | None = None  # logits after the last token
+        parts = {part: chosen_layers(model, part, which) for part, which in asked.items()
+                 if which is not None and which is not False}
+        device = on_device(model, device, attention, out)
+        folder = None if out is None else new_folder(out)
+        super().__init__(model, parts, logits, nll, folder, device)
+        self.session: Session | None = None
         self.one_answer = False  # made for an answer, closed with it
-        self._started = self._closed = False
-        self._room_end = 0  # the position up to which there is room
-
-    def _make_columns(self) -> None:
-        ratios = self.model.config.compress_ratios
-        self._columns: dict[tuple[str, int], Column] = {}
-        for part, layers in self.parts.items():
-            for name in PARTS[part]:
-                for layer in layers:
-                    shape = self.model._core.value(layer, _core.VALUES.index(name))
-                    if shape is None or (name, layer) in self._columns:
-                        continue
-                    fill = NAN if name == "index_scores" else NONE
-                    if self.device:
-                        self._columns[name, layer] = DeviceColumn(
-                            Row(*shape), ratios[layer], fill, self.model, layer)
-                        continue
-                    self._columns[name, layer] = Column(
-                        Row(*shape), ratios[layer], fill, self._path(f"{name}.{layer}"))
-        self._taps = {(layer, _core.VALUES.index(name)): column
-                      for (name, layer), column in self._columns.items()}
-        vocab = (self.model.config.vocab_size,)
-        self._tokens = self._plain("tokens", True, ())
-        self._logits = self._plain("logits", False, vocab) if self._keeps == "all" else None
-        self._nll = self._plain("nll", False, ()) if self._scores else None
-
-    def _path(self, name: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{name}.npy"
-
-    def _plain(self, name: str, integer: bool, dims: tuple[int, ...]) -> Column:
-        """A column that belongs to no layer; a number is a row of one."""
-        row = Row(integer, dims or (1,), False, False)
-        return Column(row, 0, NONE, self._path(name))
-
-    @property
-    def _all(self) -> list[Column]:
-        others = (self._tokens, self._logits, self._nll)
-        return [*self._columns.values(), *(column for column in others if column is not None)]
 
     # ---- what there is ----
-
-    def __len__(self) -> int:
-        """Tokens traced."""
-        return self._tokens.n
 
     @property
     def layers(self) -> list[int]:
@@ -328,11 +247,6 @@ class Trace:
         None.
         """
         return None if self._nll is None else self._nll.values[:, 0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes set aside, in memory, on the GPU or on disk."""
-        return sum(column.held for column in self._all)
 
     def lens(self, layer: int, rows: Any = None) -> Float32:
         """What the model would say if it ended after a layer: its own head on the traced streams.
@@ -501,154 +415,6 @@ class Trace:
             entries("kv_index", c.index_head_dim), self.position // ratio if ratio else 0, ratio,
             ("kv_index", i) in self._columns)
 
-    # ---- while a model runs ----
-
-    @property
-    def rows_wanted(self) -> bool:
-        """Whether it needs the logits of all tokens."""
-        return self._scores or self._keeps == "all"
-
-    def want(self, want: int) -> int:
-        """The logits a step must give: what the caller wants, and this."""
-        if self.rows_wanted:
-            return WANT["all"]
-        return max(want, WANT["last"]) if self._keeps == "last" else want
-
-    def begin(self, position: int, n: int) -> list[Tap]:
-        """Make room for n tokens from `position` on, and tell a step where they go.
-
-        Nothing counts until `take`; it may be called again.
-        """
-        if self._closed:
-            raise ValueError("trace: it is closed; wanted an open one")
-        if self._started and position != self.position + len(self):
-            raise ValueError(
-                f"trace: it ends at position {self.position + len(self)}, the session is at "
-                f"{position}; wanted a trace of its own for each session")
-        if not self._started:
-            self.position = position
-        end = position + n
-        if not self._started or end > self._room_end:
-            self._reserve(position, n)
-        taps = []
-        for (layer, value), column in self._taps.items():
-            before, _ = column.needs(self.position, position)
-            rows, _ = column.needs(self.position, end)
-            taps.append((layer, value, column.part(before, rows - before)))
-        return taps
-
-    def _reserve(self, position: int, n: int) -> None:
-        """Room for n tokens from `position` on; beyond the first time for twice as much, if it is
-        there."""
-        self.check_room(position, n)
-        end = position + n
-        if self._started:
-            more = end + min(end - self.position, self.model.config.max_position_embeddings - end)
-            with suppress(MemoryError, OSError):
-                self.check_room(position, more - position)
-                end = more
-        for column in self._all:
-            column.reserve(*column.needs(self.position, end))
-        self._room_end = end
-
-    def take(self, ids: Int32, logits: Float32 | None) -> None:
-        """The step is done: its rows count.  `logits` are all rows where `want` said so."""
-        first, n = self._tokens.n, len(ids)
-        end = self.position + first + n
-        self._started = True
-        for column in self._columns.values():
-            column.n, column.width = column.needs(self.position, end)
-        if self._nll is not None and logits is not None:
-            self._take_nll(ids, logits)
-        if self._logits is not None and logits is not None:
-            self._logits.part(first, n)[:] = logits
-            self._logits.n = first + n
-        if logits is not None:
-            self._last = logits[-1].copy()
-        self._tokens.part(first, n)[:, 0] = ids
-        self._tokens.n = first + n
-
-    def _take_nll(self, ids: Int32, logits: Float32) -> None:
-        assert self._nll is not None
-        known, following = logits[:-1], np.asarray(ids)[1:]
-        if self._last is not None:
-            known, following = np.concatenate([self._last[None], known]), np.asarray(ids)
-        rows = _core.logprobs(np.ascontiguousarray(known), following, 0)
-        at = self._nll.n
-        self._nll.part(at, len(rows))[:, 0] = [-logprob for logprob, _ in rows]
-        self._nll.n = at + len(rows)
-
-    def forget(self) -> None:
-        """Everything that was taken: it begins again."""
-        for column in self._all:
-            column.n = column.width = 0
-        self._last, self._started = None, False
-
-    def check_room(self, position: int, n: int) -> None:
-        """MemoryError, or OSError with a folder, unless n tokens from `position` on have room."""
-        begin = self.position if self._started else position
-        need = {"logits": 0, "others": 0}
-        check_device([c for c in self._all if isinstance(c, DeviceColumn)], begin, position + n)
-        for column in self._all:
-            if isinstance(column, DeviceColumn):
-                continue
-            name = "logits" if column is self._logits else "others"
-            need[name] += max(0, column.nbytes(begin, position + n) - column.held)
-        total = sum(need.values())
-        if not total:
-            return
-        if self._folder is not None:
-            free, where = shutil.disk_usage(self._folder).free, f"on the disk of {self._folder}"
-        else:
-            free, where = available_memory(), "in memory"
-        if total <= free:
-            return
-        message = (f"trace: {n} tokens need {total:,} bytes ({size(total)}), {free:,} "
-                   f"({size(free)}) are free {where}; wanted fewer layers, parts or tokens")
-        if self._folder is not None:
-            raise OSError(28, message)
-        raise MemoryError(f"{message}, or out=, a folder")
-
-    def append(self, session: "Session", ids: Int32, want: int) -> Float32 | None:
-        """Append ids to a session; returns the logits that `want` says.
-
-        Where the logits of all rows are needed and the caller wants fewer, they come out in pieces,
-        on a fork that takes the session's place when all are done.
-        """
-        core = self.model._core
-        if not self.rows_wanted or want == WANT["all"] or len(ids) <= ROWS_AT_ONCE:
-            taps = self.begin(session.position, len(ids))
-            ((rows, _),) = core.step([(session._core, ids, self.want(want), None, taps)], None)
-            self.take(ids, rows)
-            return wanted_rows(rows, want)
-        self.check_room(session.position, len(ids))
-        before = len(self), self._started, self._last, self._nll.n if self._nll else 0
-        fork = session._core.fork(-1)
-        rows = None
-        try:
-            cuts = [*range(0, len(ids), ROWS_AT_ONCE), len(ids)]
-            for first, end in pairwise(cuts):
-                taps = self.begin(fork.position, end - first)
-                ((rows, _),) = core.step(
-                    [(fork, ids[first:end], WANT["all"], None, taps, 1)], None)
-                self.take(ids[first:end], rows)
-        except BaseException:
-            self._back_to(*before)
-            raise
-        session._core.swap(fork)
-        return wanted_rows(rows, want)
-
-    def _back_to(self, n: int, started: bool, last: Float32 | None, scored: int) -> None:
-        """As it was after its first n tokens."""
-        self._started, self._last = started, last
-        for column in self._columns.values():
-            column.n, column.width = column.needs(self.position, self.position + n)
-        self._tokens.n = n
-        if self._logits is not None:
-            self._logits.n = n
-        if self._nll is not None:
-            self._nll.n = scored
-
 
 def checked(trace: object, model: "Model", name: str = "trace") -> Trace:
     """A trace of this model; TypeError or ValueError for anything else."""
@@ -669,59 +435,3 @@ def requested(trace: object, model: "Model") -> Trace:
         raise TypeError(f"trace: got {type(trace).__name__}, wanted a dsv4.Trace, a dict of its "
                         "arguments, or None")
     return checked(trace, model)
-
-
-def nearest(name: str) -> str:
-    """What somebody may have meant, for a message."""
-    known = [*PARTS, "logits", "nll", "out", "device"]
-    near = difflib.get_close_matches(name, known, 3, 0.6)
-    return f"; nearest are {', '.join(near)}" if near else f"; there are {', '.join(known)}"
-
-
-def _on_device(model: "Model", device: object, attention: Select, out: object) -> bool:
-    """Whether a trace stays on the GPU; ValueError where it cannot."""
-    if not isinstance(device, bool):
-        raise TypeError(f"device: got {device!r}, wanted True or False")
-    if not device:
-        return False
-    if _core.memory_room(model._core, 0) is None:
-        raise ValueError("device: got True, and this model runs on the CPU; wanted one loaded with "
-                         "device='cuda'")
-    if attention is not None and attention is not False:
-        raise ValueError("attention: its weights are computed on the CPU; wanted none of them with "
-                         "device=True")
-    if out is not None:
-        raise ValueError("out: got a folder with device=True, which keeps it on the GPU; wanted "
-                         "one of them")
-    return True
-
-
-def _layers(model: "Model", part: str, which: Select) -> list[int]:
-    """The layers of a selection, ascending; all that have the part for True."""
-    c = model.config
-    values = [_core.VALUES.index(name) for name in PARTS[part]]
-    first = values[0]
-    having = [i for i in range(c.num_hidden_layers) if model._core.value(i, first) is not None]
-    if which is True:
-        return having
-    if isinstance(which, int | str | bytes) or not isinstance(which, Sequence | np.ndarray | range):
-        raise TypeError(f"{part}: got {which!r}, wanted True, False or a list of layers")
-    for layer in which:
-        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-            raise TypeError(f"{part}: got {layer!r}, wanted numbers of layers")
-        if not 0 <= layer < c.num_hidden_layers:
-            raise ValueError(f"{part}: got layer {layer}, wanted 0 to {c.num_hidden_layers - 1}")
-        if layer not in having:
-            near = sorted(sorted(having, key=lambda i: abs(i - layer))[:3])
-            raise ValueError(
-                f"{part}: layer {layer} is {c.layer_kind(int(layer))} and has none; nearest that "
-                f"have are {near}")
-    return sorted({int(layer) for layer in which})
-
-
-def _new_folder(out: str | os.PathLike[str]) -> Path:
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out: {folder} is there and not empty; wanted an empty or a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

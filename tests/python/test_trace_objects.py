@@ -12,6 +12,7 @@ import pytest
 
 import dsv4
 from dsv4 import trace as trace_module
+from dsv4 import trace_recording
 from dsv4.trace import HOOKS, PARTS
 from dsv4.trace_columns import Column, Row
 
@@ -109,9 +110,9 @@ def test_too_much_is_refused_beforehand(
     out = tmp_path / "t" if where == "disk" else None
     error = MemoryError if out is None else OSError
     for free in (need - 1, need):
-        monkeypatch.setattr(trace_module, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(trace_recording, "available_memory", lambda free=free: free)
         usage = type("Usage", (), {"free": free})
-        monkeypatch.setattr(trace_module.shutil, "disk_usage", lambda path, usage=usage: usage)
+        monkeypatch.setattr(trace_recording.shutil, "disk_usage", lambda path, usage=usage: usage)
         if free == need:
             flash.trace(IDS, streams=[1], out=out).close()
             continue
@@ -119,7 +120,7 @@ def test_too_much_is_refused_beforehand(
             flash.trace(IDS, streams=[1], out=out)
         out = None if out is None else tmp_path / "u"
     if where == "memory":
-        monkeypatch.setattr(trace_module, "available_memory", lambda: need)
+        monkeypatch.setattr(trace_recording, "available_memory", lambda: need)
         with pytest.raises(MemoryError, match="168 tokens need"):
             flash.generate(IDS, max_new_tokens=20, trace={"streams": [1]})
         with flash.trace(IDS[:3], streams=[1]) as t:
