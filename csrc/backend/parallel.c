@@ -4,14 +4,13 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "core/threads.h"
 
 struct dsv4_team {
     pthread_mutex_t lock;
@@ -108,7 +107,6 @@ dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err) {
     dsv4_team *t = aligned_alloc(64, (sizeof *t + 63) / 64 * 64);
     pthread_t *threads = calloc((size_t)n, sizeof *threads);
     dsv4_worker *workers = calloc((size_t)n, sizeof *workers);
-    pthread_condattr_t clock;
     if (!t || !threads || !workers) {
         free(t);
         free(threads);
@@ -119,29 +117,20 @@ dsv4_status dsv4_team_create(dsv4_team **out, int n, dsv4_error *err) {
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->start, NULL);
     pthread_cond_init(&t->turn, NULL);
-    pthread_condattr_init(&clock);
-    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-    pthread_cond_init(&t->done, &clock);
-    pthread_condattr_destroy(&clock);
+    dsv4_condition_init(&t->done);
     for (int i = 0; i < n; i++)
         workers[i] = (dsv4_worker){.team = t, .id = i, .n = n, .node_n = n, .spins = SPINS};
     *out = t;
     return DSV4_OK;
 }
 
-/* Workers block every signal: handlers run in the application's own threads. */
 static dsv4_status start_threads(dsv4_team *t, dsv4_error *err) {
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    int failed = 0;
-    while (t->started < t->n && !failed) {
-        failed = pthread_create(&t->threads[t->started], NULL, worker_main, &t->workers[t->started]);
-        t->started += !failed;
+    for (; t->started < t->n; t->started++) {
+        int failed = dsv4_thread_start(&t->threads[t->started], worker_main, &t->workers[t->started]);
+        if (failed)
+            return dsv4_fail(err, DSV4_E_MEMORY, "cannot start thread %d of %d: error %d", t->started + 1, t->n,
+                             failed);
     }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    if (failed)
-        return dsv4_fail(err, DSV4_E_MEMORY, "cannot start thread %d of %d: error %d", t->started + 1, t->n, failed);
     return DSV4_OK;
 }
 
@@ -178,14 +167,7 @@ dsv4_status dsv4_team_start(dsv4_team *t, dsv4_job_fn *fn, void *ctx, dsv4_error
 }
 
 int dsv4_team_wait(dsv4_team *t, int milliseconds) {
-    struct timespec end;
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    end.tv_sec += milliseconds / 1000;
-    end.tv_nsec += (long)(milliseconds % 1000) * 1000000;
-    if (end.tv_nsec >= 1000000000) {
-        end.tv_sec++;
-        end.tv_nsec -= 1000000000;
-    }
+    const struct timespec end = dsv4_deadline(milliseconds);
     pthread_mutex_lock(&t->lock);
     int late = 0;
     while (t->running && !late) {

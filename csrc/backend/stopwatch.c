@@ -2,7 +2,8 @@
 #include "backend/stopwatch.h"
 
 #include <stdlib.h>
-#include <time.h>
+
+#include "core/threads.h"
 
 struct span {
     _Alignas(64) double start; /* of one worker, a cache line each */
@@ -16,12 +17,6 @@ struct watch {
     int repeats;
     struct span *spans; /* owned, [n] */
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static double elapsed(const struct span *spans, int n) {
     double start = spans[0].start, end = spans[0].end;
@@ -38,9 +33,9 @@ static void watch_job(dsv4_worker *w, void *ctx) {
         struct span *span = &watch->spans[w->id];
         if (dsv4_barrier(w))
             return;
-        span->start = now();
+        span->start = dsv4_seconds();
         watch->fn(w, watch->ctx);
-        span->end = now();
+        span->end = dsv4_seconds();
         if (dsv4_barrier(w))
             return;
         if (w->id == 0)

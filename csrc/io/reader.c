@@ -3,13 +3,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/types.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "core/threads.h"
 
 /* Enough requests of enough bytes to keep an NVMe disk busy. */
 enum { THREADS = 8, PIECE = 2 << 20 };
@@ -112,7 +111,6 @@ static dsv4_status open_files(dsv4_reader *r, const struct dsv4_shard_desc *file
 }
 
 dsv4_status dsv4_reader_create(dsv4_reader **out, const struct dsv4_shard_desc *files, int32_t n, dsv4_error *err) {
-    pthread_condattr_t clock;
     dsv4_reader *r = calloc(1, sizeof *r);
     if (!r || !(r->files = calloc((size_t)n + 1, sizeof *r->files))) {
         free(r);
@@ -121,10 +119,7 @@ dsv4_status dsv4_reader_create(dsv4_reader **out, const struct dsv4_shard_desc *
     r->pid = getpid();
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->work, NULL);
-    pthread_condattr_init(&clock);
-    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-    pthread_cond_init(&r->done, &clock);
-    pthread_condattr_destroy(&clock);
+    dsv4_condition_init(&r->done);
     dsv4_status status = open_files(r, files, n, err);
     if (status != DSV4_OK) {
         dsv4_reader_destroy(r);
@@ -157,15 +152,6 @@ void dsv4_reader_destroy(dsv4_reader *r) {
     free(r);
 }
 
-static void start_threads(dsv4_reader *r) {
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    while (r->started < THREADS && pthread_create(&r->threads[r->started], NULL, thread_main, r) == 0)
-        r->started++;
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-}
-
 void dsv4_reader_start(dsv4_reader *r, struct dsv4_load *load) {
     load->next = load->failed = load->running = 0;
     load->at = 0;
@@ -175,7 +161,8 @@ void dsv4_reader_start(dsv4_reader *r, struct dsv4_load *load) {
         return;
     pthread_mutex_lock(&r->lock);
     if (!r->started)
-        start_threads(r);
+        while (r->started < THREADS && dsv4_thread_start(&r->threads[r->started], thread_main, r) == 0)
+            r->started++;
     if (r->first)
         r->last->link = load;
     else
@@ -188,14 +175,7 @@ void dsv4_reader_start(dsv4_reader *r, struct dsv4_load *load) {
 }
 
 int dsv4_reader_wait(dsv4_reader *r, const struct dsv4_load *load, int milliseconds) {
-    struct timespec end;
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    end.tv_sec += milliseconds / 1000;
-    end.tv_nsec += (long)(milliseconds % 1000) * 1000000;
-    if (end.tv_nsec >= 1000000000) {
-        end.tv_sec++;
-        end.tv_nsec -= 1000000000;
-    }
+    const struct timespec end = dsv4_deadline(milliseconds);
     pthread_mutex_lock(&r->lock);
     int late = 0;
     while ((load->queued || load->running) && !late)

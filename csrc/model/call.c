@@ -2,10 +2,9 @@
 #include "model/call.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
-#include <time.h>
 
+#include "core/threads.h"
 #include "model/edit.h"
 
 enum state { GOES_ON, ASKS, ENDED };
@@ -23,14 +22,10 @@ struct dsv4_calls {
 
 dsv4_status dsv4_calls_create(struct dsv4_calls **out, dsv4_error *err) {
     struct dsv4_calls *c = calloc(1, sizeof *c);
-    pthread_condattr_t clock;
     if (!c)
         return dsv4_fail(err, DSV4_E_MEMORY, "no memory for calls");
     pthread_mutex_init(&c->lock, NULL);
-    pthread_condattr_init(&clock);
-    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
-    pthread_cond_init(&c->changed, &clock);
-    pthread_condattr_destroy(&clock);
+    dsv4_condition_init(&c->changed);
     *out = c;
     return DSV4_OK;
 }
@@ -100,14 +95,7 @@ int dsv4_calls_ask(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
 }
 
 int dsv4_calls_wait(struct dsv4_calls *c, int milliseconds) {
-    struct timespec end;
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    end.tv_sec += milliseconds / 1000;
-    end.tv_nsec += (long)(milliseconds % 1000) * 1000000;
-    if (end.tv_nsec >= 1000000000) {
-        end.tv_sec++;
-        end.tv_nsec -= 1000000000;
-    }
+    const struct timespec end = dsv4_deadline(milliseconds);
     pthread_mutex_lock(&c->lock);
     int late = 0;
     while (c->state == GOES_ON && !late)

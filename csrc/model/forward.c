@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The forward pass (SPEC A.1): embedding, layers, head.  There is no other. */
 #include <limits.h>
-#include <time.h>
 
+#include "core/threads.h"
 #include "model/call.h"
 #include "model/device_experts.h"
 #include "model/edit.h"
@@ -54,18 +54,12 @@ void dsv4_check_rows(const struct dsv4_pass *p, const struct dsv4_row_store *s, 
     p->damage->row = row;
 }
 
-static double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 void dsv4_clock_start(struct dsv4_clock *clock) {
-    *clock = (struct dsv4_clock){.last = seconds_now()};
+    *clock = (struct dsv4_clock){.last = dsv4_seconds()};
 }
 
 void dsv4_clock_add(struct dsv4_clock *clock, enum dsv4_phase phase) {
-    double now = seconds_now();
+    double now = dsv4_seconds();
     clock->seconds[phase] += now - clock->last;
     clock->last = now;
 }
