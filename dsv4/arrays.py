@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What arguments of models, sessions and layers have in common: their types, their checks, bf16."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +34,19 @@ def wanted_rows(rows: Float32 | None, want: int) -> Float32 | None:
     if rows is None or want == WANT["none"]:
         return None
     return rows if want == WANT["all"] else rows[-1:]
+
+
+def some_rows(rows: int | slice, n: int, name: str = "") -> tuple[int, int | None]:
+    """The first row and how many, of n; None for an int: one row without its dimension."""
+    if isinstance(rows, slice):
+        first, end, step = rows.indices(n)
+        if step != 1:
+            raise ValueError(f"{name}got rows in steps of {step}, wanted step 1")
+        return first, max(0, end - first)
+    first = operator.index(rows)
+    if not -n <= first < n:
+        raise IndexError(f"{name}got row {first}, wanted one of {n}")
+    return first % n, None
 
 
 def check_room(position: int, n: int, context: int, name: str) -> None:

@@ -5,13 +5,13 @@
 memory, `DeviceArray.numpy` copies it to the host.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv4 import _core
+from dsv4.arrays import some_rows
 
 CPU, CUDA = 1, 2  # DLPack's numbers of devices
 DEFAULT_STREAM = 1  # DLPack's number of CUDA's legacy default stream
@@ -120,18 +120,9 @@ class DeviceArray:
         rows : int or slice
             An int gives one row without its dimension; slices have step 1.
         """
-        n = len(self)
-        if isinstance(rows, slice):
-            first, end, step = rows.indices(n)
-            if step != 1:
-                raise ValueError(f"got rows in steps of {step}, wanted step 1")
-            shape, strides = (max(0, end - first), *self.shape[1:]), self.strides
-        else:
-            first = operator.index(rows)
-            if not -n <= first < n:
-                raise IndexError(f"got row {first}, wanted one of {n}")
-            first %= n
-            shape, strides = self.shape[1:], self.strides[1:]
+        first, n = some_rows(rows, len(self))
+        shape = self.shape[1:] if n is None else (n, *self.shape[1:])
+        strides = self.strides[1:] if n is None else self.strides
         at = self._at + first * self.strides[0] * self.itemsize
         return DeviceArray(self._memory, at, shape, self.dtype, strides)
 

@@ -7,35 +7,20 @@ Nothing is read or copied before it is asked for.  Formats: SPEC 6.  `Tensor.num
 
 import difflib
 import fnmatch
-import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv4 import _core
+from dsv4.arrays import some_rows
 from dsv4.checkpoint import TensorInfo
-from dsv4.device_array import DeviceArray
+from dsv4.device_array import CPU, KINDS, DeviceArray, Kind
 
 Array = npt.NDArray[Any]
 CHUNK_ROWS = 256  # dequantised at a time
 FP8_BLOCK, FP4_BLOCK = 128, 32  # numbers that share a scale: a square, a part of a row
-CPU = 1  # DLPack's number of the device
-
-
-class Format(NamedTuple):
-    """How a storage dtype appears: the array of `Tensor.numpy`, and DLPack's (code, bits)."""
-
-    numpy: str
-    dlpack: tuple[int, int]
-
-
-FORMATS = {
-    "I64": Format("<i8", (0, 64)), "I32": Format("<i4", (0, 32)), "F32": Format("<f4", (2, 32)),
-    "F16": Format("<f2", (2, 16)), "BF16": Format("<u2", (4, 16)),
-    "F8_E4M3": Format("u1", (10, 8)), "F8_E8M0": Format("u1", (14, 8)), "F4": Format("u1", (1, 8)),
-}
 # as torch and JAX call them; F4 lies in bytes
 NAMES = {
     "I64": "int64", "I32": "int32", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -85,6 +70,10 @@ class Tensor:
         self._first = first  # its first row inside the whole tensor: scales are those of the whole
 
     @property
+    def _kind(self) -> Kind:
+        return KINDS[NAMES[self.dtype]]
+
+    @property
     def nbytes(self) -> int:
         """Bytes as stored, without scales."""
         return self._data.nbytes
@@ -119,7 +108,7 @@ class Tensor:
         shape = self.shape
         if self.dtype == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
-        return self._data.view(FORMATS[self.dtype].numpy).reshape(shape)
+        return self._data.view(self._kind.numpy).reshape(shape)
 
     def on_device(self) -> DeviceArray:
         """Where a GPU has it: the same codes, without copying; read-only.
@@ -233,19 +222,11 @@ class Tensor:
         rows : int or slice
             An int gives one row without its dimension; slices have step 1.
         """
-        n = len(self)
-        if isinstance(rows, slice):
-            first, end, step = rows.indices(n)
-            if step != 1:
-                raise ValueError(f"{self.name}: got rows in steps of {step}, wanted step 1")
-            end, shape = max(first, end), (max(0, end - first), *self.shape[1:])
-        else:
-            first = operator.index(rows)
-            if not -n <= first < n:
-                raise IndexError(f"{self.name}: got row {first}, wanted one of {n}")
-            first %= n
-            end, shape = first + 1, self.shape[1:]
-        size = self.nbytes // n if n else 0
+        all_rows = len(self)
+        first, n = some_rows(rows, all_rows, f"{self.name}: ")
+        shape = self.shape[1:] if n is None else (n, *self.shape[1:])
+        end = first + (1 if n is None else n)
+        size = self.nbytes // all_rows if all_rows else 0
         return Tensor(self.name, self.dtype, shape, self._data[first * size : end * size],
                       self.scale, self._first + first, self._core, self._at + first * size)
 
@@ -265,7 +246,7 @@ class Tensor:
         codes = self.numpy()
         data = self._data.copy() if copy else self._data
         versioned = max_version is not None and max_version[0] >= 1
-        return _core.dlpack(data, codes.shape, *FORMATS[self.dtype].dlpack, versioned)
+        return _core.dlpack(data, codes.shape, *self._kind.dlpack, versioned)
 
     def __repr__(self) -> str:
         scaled = f", scale {self.scale.dtype} {list(self.scale.shape)}" if self.scale else ""
