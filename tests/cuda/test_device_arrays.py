@@ -136,17 +136,13 @@ def test_what_dlpack_says_of_a_trace(gpu: dsv4.Model, live: Callable[[], int]) -
     assert isinstance(old.managed, Managed) and old.dtype == (0, 32, 1)
     assert np.array_equal(old.numpy(np.int32), experts.numpy()[1:3])
     del t, streams, experts
-    gc.collect()
     held = live()
     taken.done()
-    gc.collect()
     assert live() == held  # another one of the same memory
     row.done()
-    gc.collect()
     assert live() < held
     held = live()
     old.done()
-    gc.collect()
     assert live() < held
 
 
@@ -156,7 +152,6 @@ def test_a_capsule_that_nobody_takes(gpu: dsv4.Model, live: Callable[[], int]) -
     del t
     capsules = [array.__dlpack__(max_version=v) for v in (None, (0, 8), (1, 0))]
     assert "dltensor_versioned" in repr(capsules[2]) and '"dltensor"' in repr(capsules[1])
-    gc.collect()
     held = live()
     del array
     assert live() == held
@@ -274,7 +269,6 @@ def test_a_stream_waits_for_a_copy(
 def test_after_close(nano: Callable[[str], Path], host_device: None,
                      live: Callable[[], int]) -> None:
     """Weights and traces stay as long as somebody holds them, and go with the last one."""
-    gc.collect()
     before = live()
     model = dsv4.load(nano("nano-flash"), device="cuda", threads=1)
     with model.trace(IDS[:3], streams=[1], device=True) as t:
@@ -293,7 +287,6 @@ def test_after_close(nano: Callable[[str], Path], host_device: None,
     assert live() > before
     taken[0].done()
     taken[1].done()
-    gc.collect()
     assert live() == before
 
 

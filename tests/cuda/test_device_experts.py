@@ -27,9 +27,7 @@ ALIGN = 256
 
 @pytest.fixture
 def host(host_plugin: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(host_plugin))
-    library.host_live.restype = library.host_used.restype = ctypes.c_uint64
-    return library
+    return ctypes.CDLL(str(host_plugin))
 
 
 def each(folder: Path) -> int:
@@ -84,19 +82,17 @@ def follow(cpu: dsv4.Model, gpu: dsv4.Model, lengths: tuple[int, ...]) -> None:
     pytest.param(0, 1, marks=pytest.mark.long), (13, 2),
     pytest.param(28, 3, marks=pytest.mark.long)])
 def test_any_split(
-    cpu: dsv4.Model, nano: Callable[[str], Path], host: ctypes.CDLL, kept: int, threads: int,
+    cpu: dsv4.Model, nano: Callable[[str], Path], live: Callable[[], int], kept: int, threads: int,
 ) -> None:
     """Single tokens (the second as graphs), few, and so many that experts are uploaded; hashed
     layers among them."""
-    gc.collect()
-    before = host.host_live()
+    before = live()
     with load(nano("nano-flash"), kept, threads) as model:
         follow(cpu, model, (1, 1, 24, 1))
         uses = np.zeros((4, 8), np.uint64)
         model._core.uses(uses)
         assert (uses.sum(1) == 3 * (27 + 3)).all()
-    gc.collect()
-    assert host.host_live() == before
+    assert live() == before
 
 
 @pytest.mark.long
@@ -219,19 +215,18 @@ def test_old_counts_fade(nano: Callable[[str], Path], state_folder: Path) -> Non
     assert placement.read("k2", (1, 2)) is None
 
 
-def test_limits(nano: Callable[[str], Path], host: ctypes.CDLL,
+def test_limits(nano: Callable[[str], Path], used: Callable[[], int],
                 monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allowed or free is never passed, and what the engine says is what it took."""
     folder = nano("nano-flash")
-    gc.collect()
-    before = host.host_used()
+    before = used()
     with pytest.raises(MemoryError, match=r"needed at least 0\.\d+ GiB .* sessions; .* allowed"):
         dsv4.load(folder, device="cuda", gpu_memory=least(folder) - each(folder))
     with load(folder, 9) as model:
         at = model._core.placement
         session = model.session()
         session.append(IDS[:3])
-        taken = host.host_used() - before
+        taken = used() - before
         assert at["weight_bytes"] < taken
         assert taken <= least(folder) + 9 * each(folder)
         del session
@@ -241,11 +236,11 @@ def test_limits(nano: Callable[[str], Path], host: ctypes.CDLL,
     del model
     gc.collect()
     free = 16 * (at["weight_bytes"] + at["pass_bytes"]) // 15 + 16
-    monkeypatch.setenv("HOST_BYTES", str(host.host_used() + free))
+    monkeypatch.setenv("HOST_BYTES", str(used() + free))
     with dsv4.load(folder, device="cuda", threads=1) as model:
         assert model._core.placement["experts_on_device"] == 5
-        assert host.host_used() - before <= free - free // 16
-    monkeypatch.setenv("HOST_BYTES", str(host.host_used() + (1 << 20)))
+        assert used() - before <= free - free // 16
+    monkeypatch.setenv("HOST_BYTES", str(used() + (1 << 20)))
     with pytest.raises(MemoryError, match=r"needed at least .* free 0\.001 GiB"):
         dsv4.load(folder, device="cuda")
 
@@ -255,16 +250,15 @@ def test_limits(nano: Callable[[str], Path], host: ctypes.CDLL,
     ("event_create", 4, 2), ("upload", 2, 700),
 ])
 def test_a_failing_load_gives_everything_back(
-    nano: Callable[[str], Path], host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, call: str,
-    nth: int, code: int,
+    nano: Callable[[str], Path], live: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
+    call: str, nth: int, code: int,
 ) -> None:
     load(nano("nano-flash"), 9).close()  # what is done once in a process is done
-    gc.collect()
-    before = host.host_live()
+    before = live()
     monkeypatch.setenv("HOST_FAIL", f"{call}:{nth}:{code}")
     with pytest.raises((MemoryError, dsv4.DeviceError), match=f"error {code}"):
         load(nano("nano-flash"), 9)
-    assert host.host_live() == before
+    assert live() == before
 
 
 @pytest.mark.parametrize(("call", "nth", "code"), [
@@ -274,13 +268,12 @@ def test_a_failing_load_gives_everything_back(
         ("event_done", 1, 700))),
 ])
 def test_a_failing_step(
-    cpu: dsv4.Model, nano: Callable[[str], Path], host: ctypes.CDLL,
+    cpu: dsv4.Model, nano: Callable[[str], Path], live: Callable[[], int],
     monkeypatch: pytest.MonkeyPatch, call: str, nth: int, code: int,
 ) -> None:
     """All workers come back, the session is as it was, and the model says that it is lost; so
     does one whose device ends without a word (skip_send)."""
-    gc.collect()
-    before = host.host_live()
+    before = live()
     with load(nano("nano-flash"), 0) as model:
         session = model.session()
         session.append(IDS[:2])
@@ -294,8 +287,7 @@ def test_a_failing_step(
         assert session.position == 2 and np.array_equal(kept, session._core.fixed())
         del session
     del model
-    gc.collect()
-    assert host.host_live() == before
+    assert live() == before
 
 
 def test_a_step_that_needs_more_memory(

@@ -2,7 +2,6 @@
 """Small passes on the device are captured and replayed: the CPU's bits, and what may fail."""
 
 import ctypes
-import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +144,6 @@ def test_graphs_that_are_not_needed_go(
         assert step(3) == 3  # in the place of 4
         assert step(4) == 2  # in the place of 1
         assert step(2) == 2
-    gc.collect()
     assert live() == before and host.host_graphs() == 0
 
 

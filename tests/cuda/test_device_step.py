@@ -150,7 +150,6 @@ def test_an_interrupted_load(
 def test_memory_of_the_device(
     nano: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, live: Callable[[], int]
 ) -> None:
-    gc.collect()
     before = live()
     with pytest.raises(MemoryError, match="GPU memory: needed .* allowed"):
         dsv4.load(nano("nano-flash"), device="cuda", gpu_memory=1 << 20)
@@ -164,5 +163,4 @@ def test_memory_of_the_device(
         assert live() > before
         del session
     del model
-    gc.collect()
     assert live() <= before

@@ -2,8 +2,6 @@
 """Layers split over devices, with kernels and NCCL executed on the CPU: the CPU's bits for every
 split, or a refusal that leaves everything as it was."""
 
-import ctypes
-import gc
 import itertools
 import json
 import shutil
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from steps import context_kept
+from steps import context_kept, same, same_state
 
 import dsv4
 from dsv4 import devices, loading
@@ -37,33 +35,6 @@ def machine(host_plugin: Path, shared_library: Callable[..., Path],
     monkeypatch.setenv("HOST_DEVICES", "3")
     with context_kept(host_plugin):
         yield
-
-
-@pytest.fixture
-def live(host_plugin: Path) -> Callable[[], int]:
-    """What the devices still hold."""
-    function = ctypes.CDLL(str(host_plugin)).host_live
-    function.restype = ctypes.c_uint64
-
-    def held() -> int:
-        gc.collect()
-        return int(function())
-
-    return held
-
-
-@pytest.fixture
-def cpu(nano: Callable[[str], Path]) -> dsv4.Model:
-    return dsv4.load(nano("nano-flash"), device="cpu", threads=1)
-
-
-def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    assert a is not None and b is not None
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
-
-
-def same_state(a: dsv4.Session, b: dsv4.Session) -> bool:
-    return np.array_equal(a._core.fixed(), b._core.fixed())
 
 
 def rooms(sizes: list[int], work: int, ends: tuple[int, ...]) -> str:
