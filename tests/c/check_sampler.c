@@ -168,58 +168,13 @@ static void check_logprobs(const struct dsv4_sample *out, const float *logits, i
     }
 }
 
-/* ------------------------------------------------------------------------------- random settings
- */
-
-#define PICK(...) pick((const float[]){__VA_ARGS__}, sizeof (float[]){__VA_ARGS__} / sizeof(float))
-static float pick(const float *list, size_t n) {
-    return list[check_below((uint32_t)n)];
-}
-
-static int32_t *some_ids(int32_t n, int32_t vocab) {
-    int32_t *ids = check_bytes((size_t)n * sizeof *ids);
-    for (int32_t i = 0; i < n; i++)
-        ids[i] = (int32_t)check_below((uint32_t)vocab);
-    return ids;
-}
-
-static struct dsv4_sampling random_settings(int32_t vocab) {
-    struct dsv4_sampling p = plain();
-    p.seed = check_random();
-    p.choice = check_below(3);
-    p.temperature = PICK(0.0f, 0.3f, 1.0f, 1.0f, 2.5f, 100.0f, 1e-30f);
-    p.top_p = PICK(1.0f, 1.0f, 0.999f, 0.9f, 0.5f, 1e-6f, 1e-40f, 0x1.fffffep-1f);
-    p.min_p = PICK(0.0f, 0.0f, 1e-3f, 0.3f, 1.0f);
-    p.top_k = (int32_t[]){0, 0, 1, 2, 20, vocab, INT32_MAX}[check_below(7)];
-    p.logprobs = (int32_t[]){-1, 0, 1, 5, vocab}[check_below(5)];
-    p.logprobs = p.logprobs < vocab ? p.logprobs : vocab;
-    if (check_below(2)) {
-        p.repetition_penalty = PICK(1.0f, 1.3f, 0.5f, 100.0f);
-        p.frequency_penalty = PICK(0.0f, 0.7f, -0.4f, 2.0f);
-        p.presence_penalty = PICK(0.0f, 0.3f, -2.0f, 1.5f);
-    }
-    p.min_new_tokens = (int32_t)check_below(4);
-    p.max_new_tokens = check_below(2) ? -1 : p.min_new_tokens + (int32_t)check_below(4);
-    p.n_stop_ids = (int32_t)check_below(4);
-    p.stop_ids = some_ids(p.n_stop_ids, vocab);
-    p.n_force = check_below(3) ? 0 : (int32_t)check_below(4);
-    p.force = some_ids(p.n_force, vocab);
-    p.n_bias = check_below(2) ? 0 : (int32_t)check_below(5);
-    p.bias_ids = some_ids(p.n_bias, vocab);
-    float *values = check_bytes((size_t)p.n_bias * sizeof *values);
-    for (int32_t i = 0; i < p.n_bias; i++)
-        values[i] = PICK(-INFINITY, -100.0f, 0.5f, 5.0f, 100.0f, 1e30f);
-    p.bias_values = values;
-    return p;
-}
-
 /* One sampler, eight tokens of changing rows, each against the restatement. */
 static void compare_run(int32_t vocab, enum row_kind kind) {
     static struct slow w;
     struct dsv4_sampling p = random_settings(vocab);
     dsv4_sampler *s = make(vocab, &p);
     float *row = check_bytes((size_t)vocab * sizeof *row);
-    int32_t *prompt = some_ids(6, vocab);
+    int32_t *prompt = random_ids(6, vocab);
     memset(&w, 0, sizeof w);
     w.p = &p;
     w.vocab = vocab;

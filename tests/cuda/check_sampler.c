@@ -1,83 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Tokens, log-probabilities and alternatives of several rows at once against the CPU's sampler, bit for bit. */
-#include <math.h>
-
 #include "check_cuda.h"
-#include "gen/sampler.h"
-#include "sampling.h"
+#include "check_sampler.h"
 
 void check_sampler(void);
 
 enum { MAX_ROWS = 4, LISTS = 4096 };
 
-#define PICK(...) pick((const float[]){__VA_ARGS__}, sizeof (float[]){__VA_ARGS__} / sizeof(float))
-static float pick(const float *list, size_t n) {
-    return list[check_below((uint32_t)n)];
-}
-
-/* One of several kinds of rows: plain, ties, holes, NaNs, huge, one value, nothing, infinity. */
-static float logit(int kind) {
-    float x = 4 * check_normal();
-    switch (kind) {
-    case 1:
-        return (float)check_below(3);
-    case 2:
-        return check_below(2) ? 0.0f : -0.0f;
-    case 3:
-        return check_below(3) ? x : -INFINITY;
-    case 4:
-        return check_below(3) ? x : NAN;
-    case 5:
-        return x * 2e37f;
-    case 6:
-        return check_below(50) ? x : 60.0f + x;
-    case 7:
-        return -INFINITY;
-    case 8:
-        return NAN;
-    case 9:
-        return check_below(4) ? x : INFINITY;
-    case 10:
-        return -3.25f;
-    default:
-        return x;
-    }
-}
-
-static int32_t *some_ids(int32_t n, int32_t vocab) {
-    int32_t *ids = check_aligned((size_t)n * sizeof *ids, 4);
-    for (int32_t i = 0; i < n; i++)
-        ids[i] = (int32_t)check_below((uint32_t)(vocab < 20 || check_below(2) ? vocab : 20));
-    return ids;
-}
-
 static struct dsv4_sampling settings(int32_t vocab) {
-    struct dsv4_sampling p = {.repetition_penalty = 1.0f, .max_new_tokens = -1};
-    p.seed = check_random();
-    p.choice = check_below(3);
-    p.temperature = PICK(0.0f, 0.3f, 1.0f, 1.0f, 2.5f, 100.0f, 1e-30f);
-    p.top_p = PICK(1.0f, 1.0f, 0.999f, 0.9f, 0.5f, 1e-6f, 1e-40f, 0x1.fffffep-1f);
-    p.min_p = PICK(0.0f, 0.0f, 1e-3f, 0.3f, 1.0f);
-    p.top_k = (int32_t[]){0, 0, 1, 2, 20, vocab, INT32_MAX}[check_below(7)];
-    p.logprobs = (int32_t[]){-1, 0, 1, 5, vocab, DSV4_CUDA_ALTERNATIVES}[check_below(6)];
-    p.logprobs = p.logprobs < vocab ? p.logprobs : vocab;
+    struct dsv4_sampling p = random_settings(vocab);
+    p.max_new_tokens = -1;
+    if (check_below(6) == 0)
+        p.logprobs = vocab;
     p.logprobs = p.logprobs < DSV4_CUDA_ALTERNATIVES ? p.logprobs : DSV4_CUDA_ALTERNATIVES;
-    if (check_below(2)) {
-        p.repetition_penalty = PICK(1.0f, 1.3f, 0.5f, 100.0f);
-        p.frequency_penalty = PICK(0.0f, 0.7f, -0.4f, 2.0f);
-        p.presence_penalty = PICK(0.0f, 0.3f, -2.0f, 1.5f);
-    }
-    p.min_new_tokens = between(0, 2);
-    p.n_stop_ids = between(0, 3);
-    p.stop_ids = some_ids(p.n_stop_ids, vocab);
-    p.n_force = check_below(4) ? 0 : between(1, 2);
-    p.force = some_ids(p.n_force, vocab);
-    p.n_bias = check_below(2) ? 0 : between(1, check_below(2) ? 8 : 600);
-    p.bias_ids = some_ids(p.n_bias, vocab);
-    float *values = check_aligned((size_t)p.n_bias * sizeof *values, 4);
-    for (int32_t i = 0; i < p.n_bias; i++)
-        values[i] = PICK(-INFINITY, -100.0f, 0.5f, 0.1f, 5.0f, 100.0f, 1e30f);
-    p.bias_values = values;
+    if (check_below(4) == 0)
+        random_biases(&p, between(1, 600), vocab);
     return p;
 }
 
@@ -93,16 +30,15 @@ static void same_sample(const struct dsv4_sample *got, const struct dsv4_sample 
 }
 
 /* Several rows, some steps; every sampler beside a twin that samples on the CPU. */
-static void sample(int32_t n_draw, int32_t vocab, int kind, int steps) {
+static void sample(int32_t n_draw, int32_t vocab, enum row_kind kind, int steps) {
     dsv4_sampler *own[MAX_ROWS], *twin[MAX_ROWS];
     struct dsv4_sampling p[MAX_ROWS];
     int64_t position = (int64_t)(check_random() >> 2);
     for (int32_t r = 0; r < n_draw; r++) {
-        int32_t n = between(0, 40), *prompt = some_ids(n, vocab);
+        int32_t n = between(0, 40), *prompt = random_ids(n, vocab);
         p[r] = settings(vocab);
-        check_true(dsv4_sampler_create(&own[r], vocab, &p[r], NULL) == DSV4_OK &&
-                       dsv4_sampler_create(&twin[r], vocab, &p[r], NULL) == DSV4_OK,
-                   "create");
+        own[r] = make(vocab, &p[r]);
+        twin[r] = make(vocab, &p[r]);
         dsv4_sampler_seen(own[r], prompt, n, 1);
         dsv4_sampler_seen(twin[r], prompt, n, 1);
     }
@@ -115,8 +51,8 @@ static void sample(int32_t n_draw, int32_t vocab, int kind, int steps) {
     void *scratch = check_aligned(DSV4_CUDA_SAMPLE_SCRATCH(n_draw, vocab), 8);
     for (int step = 0; step < steps; step++) {
         int32_t needs = 0, used = 0, top = 0;
-        for (size_t i = 0; i < all; i++)
-            logits[i] = logit(kind);
+        for (int32_t r = 0; r <= n_draw; r++)
+            fill_row(logits + (ptrdiff_t)r * vocab, vocab, kind);
         for (int32_t r = 0; r < n_draw; r++) { /* row 0 is nobody's; the others in descending order */
             draws[r] = (struct dsv4_cuda_draw){.row = n_draw - r, .lists = used, .top = top};
             int32_t n = dsv4_sampler_pack(own[r], position + step, &draws[r].d, lists + used, LISTS * n_draw - used);
@@ -151,11 +87,10 @@ static void room(void) {
     float values[3] = {1, 2, 3};
     struct dsv4_sampling p = {.repetition_penalty = 2.0f, .top_p = 1.0f, .max_new_tokens = -1, .logprobs = -1};
     struct dsv4_draw d;
-    dsv4_sampler *s;
     p.n_bias = 3;
     p.bias_ids = ids;
     p.bias_values = values;
-    check_true(dsv4_sampler_create(&s, 5, &p, NULL) == DSV4_OK, "create");
+    dsv4_sampler *s = make(5, &p);
     dsv4_sampler_seen(s, ids, 1, 1);
     check_true(dsv4_sampler_pack(s, 0, &d, lists, 7) == -1, "seven for eight");
     check_true(dsv4_sampler_pack(s, 0, &d, lists, 8) == 8, "eight for eight");
@@ -169,10 +104,10 @@ static void room(void) {
 void check_sampler(void) {
     static const int32_t sizes[] = {1, 2, 17, 256, 1023, 1024, 1025, 2500};
     room();
-    for (int kind = 0; kind <= 10; kind++)
+    for (int kind = 0; kind < ROW_KINDS; kind++)
         for (int i = 0; i < 8; i++)
-            sample(between(1, MAX_ROWS), sizes[i], kind, i < 4 ? 2 : 1);
+            sample(between(1, MAX_ROWS), sizes[i], (enum row_kind)kind, i < 4 ? 2 : 1);
     for (int i = 0; i < 12; i++)
-        sample(between(1, MAX_ROWS), between(1, 1500), 0, 2);
-    sample(1, 129280, 0, 1);
+        sample(between(1, MAX_ROWS), between(1, SMALL_VOCAB), NORMAL, 2);
+    sample(1, LARGE_VOCAB, NORMAL, 1);
 }
