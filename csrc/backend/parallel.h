@@ -13,6 +13,7 @@
 #ifndef DSV4_PARALLEL_H
 #define DSV4_PARALLEL_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -92,6 +93,24 @@ static inline void dsv4_share_cost(const dsv4_worker *w, int64_t total, int64_t 
     int64_t last = hi <= before ? 0 : (hi - before + cost - 1) / cost;
     *u0 = first < units ? first : units;
     *u1 = last < units ? last : units;
+}
+
+/*
+ * The next part [*lo, *hi) of such a line of work for whoever asks first: half of an even share of what is left, at least
+ * a 128th of the whole share.  So parts are long, and yet all end together, though a neighbour takes a core from one of
+ * them.  0: all is taken.  *taken began with 0.
+ */
+static inline int dsv4_take(const dsv4_worker *w, _Atomic int64_t *taken, int64_t total, int64_t *lo, int64_t *hi) {
+    int64_t least = total / (128 * w->node_n) + 1, at = atomic_load_explicit(taken, memory_order_relaxed), n;
+    do {
+        if (at >= total)
+            return 0;
+        n = (total - at) / (2 * w->node_n);
+        n = n < least ? least : n;
+    } while (!atomic_compare_exchange_weak_explicit(taken, &at, at + n, memory_order_relaxed, memory_order_relaxed));
+    *lo = at;
+    *hi = at + n < total ? at + n : total;
+    return 1;
 }
 
 #endif

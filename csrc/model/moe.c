@@ -102,14 +102,68 @@ static const struct dsv4_expert *expert_at(const struct dsv4_pass *p, const stru
 
 /*
  * Work on experts is cut into units of one group of columns, contiguous, weighed by what a unit costs: reading its
- * weights (as much as a few tokens' arithmetic) plus its tokens.
+ * weights (as much as a few tokens' arithmetic) plus its tokens.  The units of all experts lie in a line, the shared
+ * expert first: with several tokens it is bound by arithmetic and the others by memory, so both limits are used at once.
+ * Of one token every worker has an even part; of more, whoever is done takes the next (dsv4_take).
  */
 enum { UNIT = DSV4_ACT_GROUP };
 
-static int64_t unit_cost(const struct dsv4_pass *p, const struct dsv4_prepared *b, const struct dsv4_layer *l, int32_t e) {
+typedef void units_fn(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int32_t e, int64_t u0, int64_t u1);
+
+struct line {
+    units_fn *run;
+    int32_t width; /* columns of each expert */
+    int second;    /* of w2; else of w1 and w3 */
+    int64_t lo, hi, total; /* units of each expert on this node; the cost of all */
+    int32_t at;            /* the item at work, and the cost of those before it */
+    int64_t before;
+};
+
+static int32_t expert_of(const struct dsv4_pass *p, int32_t item) {
+    return item ? item - 1 : p->m->config.n_routed_experts;
+}
+
+static int64_t item_cost(const struct line *line, const struct dsv4_pass *p, const struct dsv4_prepared *b,
+                         const struct dsv4_layer *l, int32_t item) {
     static const int32_t reading[DSV4_W_FORMATS] = {8, 4, 16, 32};
-    int32_t rows = b->group_first[e + 1] - b->group_first[e];
-    return rows ? rows + reading[expert_at(p, l, e)->w1.format] : 0;
+    int32_t e = expert_of(p, item), rows = b->group_first[e + 1] - b->group_first[e];
+    const struct dsv4_expert *x = expert_at(p, l, e);
+    return rows ? (line->hi - line->lo) * (rows + reading[(line->second ? x->w2 : x->w1).format]) : 0;
+}
+
+/* The units that begin in [from, to) of the line; not before those of the call before. */
+static void run_part(struct line *line, dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int64_t from,
+                     int64_t to) {
+    const struct dsv4_prepared *b = dsv4_prepared(w, p);
+    int64_t units = line->hi - line->lo;
+    for (;; line->at++) {
+        int64_t all = item_cost(line, p, b, l, line->at), end = line->before + all, cost = all / units;
+        if (all && from < end) {
+            int64_t u0 = from <= line->before ? 0 : (from - line->before + cost - 1) / cost;
+            int64_t u1 = to >= end ? units : (to - line->before + cost - 1) / cost;
+            if (u0 < u1)
+                line->run(w, p, l, expert_of(p, line->at), line->lo + u0, line->lo + u1);
+        }
+        if (to <= end)
+            return;
+        line->before = end;
+    }
+}
+
+static void run_line(struct line *line, dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l,
+                     _Atomic int64_t *taken) {
+    const struct dsv4_prepared *b = dsv4_prepared(w, p);
+    int64_t from, to, id = w->id - w->node_first;
+    dsv4_share_node(w, (line->width + UNIT - 1) / UNIT, &line->lo, &line->hi);
+    for (int32_t i = 0; i <= p->m->config.n_routed_experts; i++)
+        line->total += item_cost(line, p, b, l, i);
+    if (!line->total)
+        return;
+    if (p->n_tok == 1)
+        run_part(line, w, p, l, line->total * id / w->node_n, line->total * (id + 1) / w->node_n);
+    else
+        while (!dsv4_cancelled(w) && dsv4_take(w, &taken[w->node_first], line->total, &from, &to))
+            run_part(line, w, p, l, from, to);
 }
 
 /* Units [u0, u1) of expert e: both projections, the activation, and its rounding for w2. */
@@ -136,42 +190,45 @@ static void up_units(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_laye
 }
 
 static int up(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
-    const struct dsv4_config *c = &p->m->config;
-    const struct dsv4_prepared *b = dsv4_prepared(w, p);
-    int64_t total = 0, before = 0, lo, hi, u0, u1;
-    dsv4_share_node(w, (c->moe_intermediate_size + UNIT - 1) / UNIT, &lo, &hi);
-    for (int32_t e = 0; e <= c->n_routed_experts; e++)
-        total += (hi - lo) * unit_cost(p, b, l, e);
-    for (int32_t e = 0; e <= c->n_routed_experts; e++) {
-        int64_t cost = unit_cost(p, b, l, e);
-        if (!cost)
-            continue;
-        dsv4_share_cost(w, total, before, cost, hi - lo, &u0, &u1);
-        if (u0 < u1)
-            up_units(w, p, l, e, lo + u0, lo + u1);
-        before += (hi - lo) * cost;
-    }
+    struct line line = {.run = up_units, .width = p->m->config.moe_intermediate_size};
+    run_line(&line, w, p, l, p->ws->taken_up);
     DSV4_SYNC(w, p);
     return 0;
 }
 
-/* This worker's output columns of every expert that has rows. */
-static void down(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
+/* Columns [c0, c1) of the rows of expert e. */
+static void down_columns(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int32_t e, int32_t c0, int32_t c1) {
     const struct dsv4_config *c = &p->m->config;
-    struct dsv4_workspace *ws = p->ws;
     const struct dsv4_prepared *b = dsv4_prepared(w, p);
-    int32_t d = c->hidden_size, width = c->moe_intermediate_size, lo, hi;
-    dsv4_share_columns(w, p, &lo, &hi);
-    for (int32_t e = 0; e <= c->n_routed_experts; e++) {
-        int32_t first = b->group_first[e], n = b->group_first[e + 1] - first;
-        struct dsv4_linear_job job = {&expert_at(p, l, e)->w2, ws->up_out + (ptrdiff_t)first * width,
-                                      ws->expert_out + (ptrdiff_t)first * d, width, d, 0};
-        if (n)
-            dsv4_linear_rows(w, p, &job, NULL, n, lo, hi);
-    }
+    int32_t d = c->hidden_size, width = c->moe_intermediate_size;
+    int32_t first = b->group_first[e], n = b->group_first[e + 1] - first;
+    struct dsv4_linear_job job = {&expert_at(p, l, e)->w2, p->ws->up_out + (ptrdiff_t)first * width,
+                                  p->ws->expert_out + (ptrdiff_t)first * d, width, d, 0};
+    if (n)
+        dsv4_linear_rows(w, p, &job, NULL, n, c0, c1);
 }
 
-/* The sum per token of the same columns: no barrier between. */
+static void down_units(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int32_t e, int64_t u0, int64_t u1) {
+    int32_t d = p->m->config.hidden_size;
+    down_columns(w, p, l, e, (int32_t)u0 * UNIT, (int32_t)u1 * UNIT < d ? (int32_t)u1 * UNIT : d);
+}
+
+/* Of one token this worker's columns of every expert, which it will sum: no barrier between. */
+static int down(dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l) {
+    int32_t lo, hi;
+    if (p->n_tok > 1) {
+        struct line line = {.run = down_units, .width = p->m->config.hidden_size, .second = 1};
+        run_line(&line, w, p, l, p->ws->taken_down);
+        DSV4_SYNC(w, p);
+        return 0;
+    }
+    dsv4_share_columns(w, p, &lo, &hi);
+    for (int32_t e = 0; e <= p->m->config.n_routed_experts; e++)
+        down_columns(w, p, l, e, lo, hi);
+    return 0;
+}
+
+/* The sum per token of this worker's columns. */
 static void sum(dsv4_worker *w, struct dsv4_pass *p) {
     struct dsv4_workspace *ws = p->ws;
     const struct dsv4_prepared *b = dsv4_prepared(w, p);
@@ -187,6 +244,11 @@ static void sum(dsv4_worker *w, struct dsv4_pass *p) {
 
 int dsv4_moe_rows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     const struct dsv4_layer *l = &p->m->layers[layer];
+    /* nobody takes of these lines any more: there was a barrier behind each */
+    if (w->id == w->node_first) {
+        p->ws->taken_up[w->id] = 0;
+        p->ws->taken_down[w->id] = 0;
+    }
     if (p->m->cache) {
         if (w->id == 0)
             dsv4_experts_fetch(w, p, layer);
@@ -194,10 +256,7 @@ int dsv4_moe_rows(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {
     } else {
         DSV4_SYNC_TOKENS(w, p);
     }
-    if (up(w, p, l))
-        return 1;
-    down(w, p, l);
-    return 0;
+    return up(w, p, l) || down(w, p, l);
 }
 
 int dsv4_moe_route(dsv4_worker *w, struct dsv4_pass *p, int32_t layer) {

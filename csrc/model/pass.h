@@ -77,6 +77,7 @@ struct dsv4_workspace {
     dsv4_bf16 *hidden;               /* [LOGIT_ROWS][d] */
     float *head_dots;                /* [LOGIT_ROWS][hc] */
     float *logits;                   /* [LOGIT_ROWS][vocab] */
+    _Atomic int64_t *taken_up, *taken_down; /* [team] of each node, at its first worker: see moe.c */
     float *shared_scores;            /* [team][score_capacity]: index scores of few tokens, all workers */
     atomic_int score_capacity;       /* compressed entries there is room for; read before a job is started */
     void **scratch;                  /* [team] of each worker */

@@ -156,6 +156,8 @@ dsv4_status dsv4_workspace_create(struct dsv4_workspace **out, const dsv4_model 
     TAKE(head_dots, DSV4_LOGIT_ROWS * hc);
     TAKE(logits, DSV4_LOGIT_ROWS * vocab);
     TAKE(scratch, team);
+    TAKE(taken_up, team);
+    TAKE(taken_down, team);
     if (status == DSV4_OK)
         status = dsv4_workspace_reserve(ws, m, 4096, err);
     if (status != DSV4_OK) {

@@ -68,6 +68,44 @@ static void check_shares(void) {
             }
 }
 
+struct taken {
+    _Atomic int64_t at;
+    int64_t total, first;
+    atomic_int times[ITEMS], wrong;
+};
+
+static void take_job(dsv4_worker *w, void *ctx) {
+    struct taken *t = ctx;
+    int64_t lo, hi, last = 0;
+    while (dsv4_take(w, &t->at, t->total, &lo, &hi)) {
+        if (lo < last || hi <= lo || hi > t->total)
+            atomic_store(&t->wrong, 1);
+        if (lo == 0)
+            t->first = hi;
+        last = hi;
+        for (int64_t i = lo; i < hi && i < ITEMS; i++)
+            atomic_fetch_add(&t->times[i], 1);
+    }
+}
+
+/* Whoever is free takes: everything once, each worker ascending, long parts first. */
+static void check_taken(int n) {
+    dsv4_team *team;
+    check_true(dsv4_team_create(&team, n, NULL) == DSV4_OK, "team of %d", n);
+    for (int64_t total = 0; total <= ITEMS; total += total < 20 ? 1 : 245) {
+        struct taken *t = calloc(1, sizeof *t);
+        t->total = total;
+        check_true(dsv4_team_start(team, take_job, t, NULL) == DSV4_OK, "start");
+        dsv4_team_finish(team);
+        check_true(!atomic_load(&t->wrong), "parts ascend within %lld", (long long)total);
+        check_true(total < 500 || t->first == total / (2 * n), "the first part is half of a share");
+        for (int64_t i = 0; i < ITEMS; i++)
+            check_true(atomic_load(&t->times[i]) == (i < total), "item %lld of %lld", (long long)i, (long long)total);
+        free(t);
+    }
+    dsv4_team_destroy(team);
+}
+
 struct endless {
     atomic_int stops, worst;
 };
@@ -148,6 +186,8 @@ void check_parallel(void) {
     check_shares();
     for (int n = 1; n <= 4; n++)
         check_phases(n);
+    for (int n = 1; n <= 4; n++)
+        check_taken(n);
     check_cancel();
     check_callers();
 }
