@@ -53,13 +53,13 @@ static void collapse(int32_t n_tok, int head) {
         a.collapse = i ? &c[i] : NULL;
         check_true(dsv4_cuda_linear(&a, NULL) == 0 && (i || dsv4_cuda_collapse(&c[i], NULL) == 0), "launch");
     }
-    same("collapse", c[1].x, c[0].x, n, 2);
+    same_bf16("collapse", c[1].x, c[0].x, n);
     same("collapse quant", c[1].quant, c[0].quant, n, 2);
-    same("collapse plain", c[1].plain, c[0].plain, n, 2);
-    same("pre", c[1].pre, c[0].pre, (size_t)(n_tok * hc), 4);
+    same_bf16("collapse plain", c[1].plain, c[0].plain, n);
+    same_f32("pre", c[1].pre, c[0].pre, (size_t)(n_tok * hc));
     if (!head) {
-        same("post", c[1].post, c[0].post, (size_t)(n_tok * hc), 4);
-        same("comb", c[1].comb, c[0].comb, (size_t)(n_tok * hc * hc), 4);
+        same_f32("post", c[1].post, c[0].post, (size_t)(n_tok * hc));
+        same_f32("comb", c[1].comb, c[0].comb, (size_t)(n_tok * hc * hc));
     }
     check_reset();
 }
@@ -90,11 +90,11 @@ static void route(int32_t n_tok, int grouped) {
         check_true((i && grouped) || dsv4_cuda_group(&g[i], NULL) == 0, "launch");
     }
     same("ids", r[1].ids, r[0].ids, k, 4);
-    same("weights", r[1].weights, r[0].weights, k, 4);
-    same("scores", r[1].scores, r[0].scores, n, 4);
+    same_f32("weights", r[1].weights, r[0].weights, k);
+    same_f32("scores", r[1].scores, r[0].scores, n);
     same("group_first", g[1].group_first, g[0].group_first, (size_t)n_exp + 2, 4);
     same("row_tok", g[1].row_tok, g[0].row_tok, rows, 4);
-    same("row_weight", g[1].row_weight, g[0].row_weight, rows, 4);
+    same_f32("row_weight", g[1].row_weight, g[0].row_weight, rows);
     same("tok_rows", g[1].tok_rows, g[0].tok_rows, rows, 4);
     same("n_tile", g[1].n_tile, g[0].n_tile, 1, 4);
     same("tiles", g[1].tiles, g[0].tiles, (size_t)*g[0].n_tile, sizeof *g->tiles);
@@ -118,7 +118,7 @@ static void norm(int32_t n_tok, int32_t n) {
                                                   .ld_out = other};
         check_true(dsv4_cuda_linear(&a, NULL) == 0 && (i || dsv4_cuda_rmsnorm(&r, NULL) == 0), "launch");
     }
-    same("norm", made[1], made[0], (size_t)(n_tok * n), 2);
+    same_bf16("norm", made[1], made[0], (size_t)(n_tok * n));
     check_reset();
 }
 
@@ -150,7 +150,7 @@ static void heads(int32_t n_tok, int indexed) {
         check_true(dsv4_cuda_linear(&a, NULL) == 0 && (i || dsv4_cuda_headnorm(&h, NULL) == 0), "launch");
         check_true(i || !indexed || dsv4_cuda_index(&k, NULL) == 0, "launch");
     }
-    same("heads", out[1][0], out[0][0], (size_t)(n_tok * all[0]), 2);
+    same_bf16("heads", out[1][0], out[0][0], (size_t)(n_tok * all[0]));
     same("index rows", rows[1], rows[0], bytes, 1);
     check_reset();
 }
