@@ -8,7 +8,11 @@
 
 /* enum ncclResult_t 0 and enum ncclDataType_t, as in every NCCL 2. */
 enum { SUCCESS = 0, BYTE = 1 };
-enum { OLDEST = 20900, NEWER = 30000 }; /* 10000 major + 100 minor + patch, since 2.9 */
+/*
+ * 10000 major + 100 minor + patch, since 2.9.  From 2.14 on groups end communicators together; before, each of them was ended
+ * at once, and one thread that does so for all of a machine may wait for itself.
+ */
+enum { OLDEST = 21400, NEWER = 30000 };
 
 struct functions {
     int (*get_version)(int *version);
@@ -89,7 +93,7 @@ static dsv4_status open_library(struct functions *f, const char *path, dsv4_erro
     if (result != SUCCESS)
         return fail(f, result, "its version", err);
     if (version < OLDEST || version >= NEWER)
-        return dsv4_fail(err, DSV4_E_UNAVAILABLE, "NCCL: %.200s: got version code %d, wanted one from %d (2.9) to %d; install "
+        return dsv4_fail(err, DSV4_E_UNAVAILABLE, "NCCL: %.200s: got version code %d, wanted one from %d (2.14) to %d; install "
                          "the package nvidia-nccl-cu13", path, version, OLDEST, NEWER - 1);
     return DSV4_OK;
 }

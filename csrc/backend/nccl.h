@@ -2,7 +2,7 @@
 /*
  * NCCL, found at run time and asked for only where a model uses several devices: bytes of one device to another, in the
  * order of their streams.  One process, one communicator for each device, used by one thread at a time.  Refuses, each
- * with its cause and what to do: no library, one that lacks a function, one older than 2.9 or newer than 2, and every
+ * with its cause and what to do: no library, one that lacks a function, one older than 2.14 or newer than 2, and every
  * error it returns.  Source: NCCL user guide, "Group Calls", "Point-to-point communication", "Error handling".
  */
 #ifndef DSV4_NCCL_H

@@ -179,14 +179,14 @@ def test_without_nccl(monkeypatch: pytest.MonkeyPatch, shared_library: Callable[
 
 
 @pytest.mark.parametrize(("version", "right"), [
-    (0, False), (2708, False), (20899, False), (20900, True), (23203, True), (30000, False)])
+    (0, False), (2708, False), (21399, False), (21400, True), (23203, True), (30000, False)])
 def test_versions(monkeypatch: pytest.MonkeyPatch, nano: Callable[[str], Path], version: int,
                   right: bool) -> None:
     monkeypatch.setenv("HOST_NCCL_VERSION", str(version))
     if right:
         dsv4.load(nano("nano-flash"), device="cuda:0,1", threads=1).close()
     else:
-        refused(f"got version code {version}, wanted one from 20900 .*; install")
+        refused(f"got version code {version}, wanted one from 21400 .*; install")
 
 
 @pytest.mark.parametrize("call", [
