@@ -4,7 +4,7 @@ Where nvcc is found also the CUDA plugin, a shared library beside it that nothin
 
 Environment: DSV4_DEBUG=1 (-O1, asserts on), DSV4_WERROR=1, DSV4_SANITIZE=address,undefined.
 DSV4_CUDA=1 requires the plugin, 0 leaves it out; DSV4_CUDA_ARCH="90a 120" builds it for these
-architectures alone, and by PTX for later ones if the last is a plain number.
+architectures alone, with PTX of plain numbers for what is between and after them and has no code.
 """
 
 import os
@@ -104,14 +104,19 @@ def cuda_archs(nvcc: Path) -> list[str]:
 
 def cuda_targets(archs: list[str]) -> tuple[list[str], str]:
     """Flags of nvcc, and the same in words."""
-    flags, last = [], archs[-1]
+    flags, words = [], " ".join(f"sm_{arch}" for arch in archs)
+    covered = {int(arch.rstrip("af")) // 10 for arch in archs}
+    plain = sorted({int(arch) // 10 for arch in archs if arch.isdecimal()})
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    words = " ".join(f"sm_{arch}" for arch in archs)
-    if last.isdecimal():
-        flags += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
-        words += " and later"
-    return flags, words
+        if not arch.isdecimal():
+            continue
+        # devices from this one up to the next plain one, of which no other has code
+        first = int(arch) // 10 + 1
+        end = next((major for major in plain if major >= first), None)
+        if end is None or not covered.issuperset(range(first, end)):
+            flags += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
+    return flags, words + (" and later" if plain else "")
 
 
 def build_plugin(nvcc: Path, temp: Path, target: Path) -> None:

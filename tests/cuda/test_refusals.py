@@ -196,7 +196,18 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_targets_of_nvcc() -> None:
     targets = build.setup_constants()["cuda_targets"]
-    assert targets(["80", "120"]) == ([
-        "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_120,code=sm_120",
-        "-gencode", "arch=compute_120,code=compute_120"], "sm_80 sm_120 and later")
+    assert targets(["80", "90"]) == ([
+        "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
+        "-gencode", "arch=compute_90,code=compute_90"], "sm_80 sm_90 and later")
+    # 11.x has no code of its own: PTX of the one before
+    flags, words = targets(["80", "90a", "100", "120"])
+    assert words == "sm_80 sm_90a sm_100 sm_120 and later"
+    assert [flag.split("code=")[1] for flag in flags[1::2]] == [
+        "sm_80", "sm_90a", "sm_100", "compute_100", "sm_120", "compute_120"]
+    # an older nvcc, whose last has code for itself alone
+    assert [flag.split("code=")[1] for flag in targets(["80", "90a"])[0][1::2]] == [
+        "sm_80", "compute_80", "sm_90a"]
+    assert targets(["90a", "120"])[0][1::2] == [
+        "arch=compute_90a,code=sm_90a", "arch=compute_120,code=sm_120",
+        "arch=compute_120,code=compute_120"]
     assert targets(["90a"]) == (["-gencode", "arch=compute_90a,code=sm_90a"], "sm_90a")
