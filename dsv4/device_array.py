@@ -213,15 +213,6 @@ class DeviceArray:
         own_copy = self._memory.copy(self._at, self._span() * self.itemsize, max(stream, 0))
         return own_copy.dlpack(0, self.shape, self.strides, *code, versioned, IS_COPIED)
 
-    def tap(self, first: int, n: int, width: int) -> tuple["_core.Memory", int, int, int]:
-        """Rows for a step to fill, whose last dimension has grown by `width`."""
-        return self._memory, self._at + first * self.strides[0] * self.itemsize, n, width
-
-    def widened(self, n: int, memory: "_core.Memory", width: int, fill: int) -> None:
-        """Its first n rows to the start of other memory, the last dimension `width` long there."""
-        rows = n * int(np.prod(self.shape[1:-1], dtype=np.int64))
-        memory.widen(self._memory, rows, width, self.shape[-1], fill)
-
     def __repr__(self) -> str:
         return f"<dsv4.DeviceArray {self.dtype} {list(self.shape)} on {self.device}>"
 

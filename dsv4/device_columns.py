@@ -49,13 +49,15 @@ class DeviceColumn(Column):
         memory = _core.Memory(self._core, self.layer, nbytes)
         if old is not None and self.n:
             fill = int(np.array(self.fill, self.dtype).view(np.uint32))
-            old.widened(self.n, memory, shape[-1], fill)
+            inner = self.n * int(np.prod(shape[1:-1], dtype=np.int64))
+            memory.widen(old._memory, inner, shape[-1], old.shape[-1], fill)
         self._rows, self._room = DeviceArray(memory, 0, shape, self.dtype.name), width
 
     def part(self, first: int, n: int) -> Any:
         """Rows to be written by a step: reserved, contiguous."""
-        assert self._rows is not None
-        return self._rows.tap(first, n, self._room)
+        rows = self._rows
+        assert rows is not None
+        return rows._memory, first * rows.strides[0] * rows.itemsize, n, self._room
 
     def close(self) -> None:
         """Nothing: the rows stay where they are."""

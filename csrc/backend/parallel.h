@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The only threads of the engine: one team per model.  A job is one function that every worker runs from start to end
+ * The threads that compute: one team per model.  A job is one function that every worker runs from start to end
  * (single program, multiple data): work is cut by `dsv4_share`, phases are separated by barriers.  A job is entered
  * once per step, not once per operation.
  *
