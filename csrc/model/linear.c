@@ -3,9 +3,10 @@
 
 /*
  * Rows and tokens per kernel call: enough to pay for preparing the input, few enough to answer a cancellation in
- * milliseconds and to keep the inputs of the tokens in the last cache while the rows pass by.
+ * milliseconds and to keep the inputs of the tokens in the last cache while the rows pass by.  With few tokens rows wait
+ * for memory, and each call has to fill its streams anew.
  */
-enum { TILE_ROWS = 256, TILE_TOKENS = 512 };
+enum { FEW_TILE_ROWS = 2048, TILE_ROWS = 256, TILE_TOKENS = 512 };
 
 /* Jobs are cut at multiples of so many rows. */
 enum { GRAIN_ROWS = 4 };
@@ -29,6 +30,7 @@ static dsv4k_linear_fn *entry(const struct dsv4_kernels *k, int format, int32_t 
 void dsv4_linear_rows(dsv4_worker *w, const struct dsv4_pass *p, const struct dsv4_linear_job *job, const int32_t *tok,
                       int32_t n_tok, int32_t row0, int32_t row1) {
     dsv4k_linear_fn *fn = entry(&p->m->k, job->w->format, n_tok);
+    const int32_t rows = n_tok <= DSV4_FEW_TOKENS ? FEW_TILE_ROWS : TILE_ROWS;
     struct dsv4_linear_args a = {
         .out = job->out, .x = job->x, .tok = tok, .w = job->w, .scratch = dsv4_scratch(w, p, p->ws->at_kernel),
         .ld_out = job->ld_out, .ld_x = job->ld_x, .n_tok = n_tok, .out_f32 = job->out_f32,
@@ -41,7 +43,7 @@ void dsv4_linear_rows(dsv4_worker *w, const struct dsv4_pass *p, const struct ds
         a.out = (uint8_t *)job->out + t * job->ld_out * (job->out_f32 ? 4 : 2);
         for (int32_t r = row0; r < row1 && !dsv4_cancelled(w); r = a.row1) {
             a.row0 = r;
-            a.row1 = (r / TILE_ROWS + 1) * TILE_ROWS; /* whole blocks of FP8 scales */
+            a.row1 = (r / rows + 1) * rows; /* whole blocks of FP8 scales */
             a.row1 = a.row1 < row1 ? a.row1 : row1;
             fn(&a);
         }

@@ -15,7 +15,7 @@ from dsv4 import _core
 from dsv4 import kernel_calls as calls
 from dsv4.checkpoint import TensorInfo
 
-TILE_ROWS = 256  # of csrc/model/linear.c
+FEW_TILE_ROWS, TILE_ROWS = 2048, 256  # of csrc/model/linear.c
 FEW_TOKENS = 8  # DSV4_FEW_TOKENS
 FORMATS = {"fp8": calls.W_FP8, "fp4": calls.W_FP4, "bf16": calls.W_BF16}
 DTYPES = {"F8_E4M3": "fp8", "I8": "fp4", "BF16": "bf16"}
@@ -116,9 +116,10 @@ class Sweep:
 
     def seconds(self, which: Kernel, threads: int) -> float:
         """Wall time of all threads together."""
+        tile = FEW_TILE_ROWS if self.n_tok <= FEW_TOKENS else TILE_ROWS
         room: Any = calls.aligned(threads * (self.scratch + 63) // 64 * 64 + 64 * threads)
         (taken,) = _core.time_linear(
-            threads, which.address, memoryview(self.calls).cast("B"), room, TILE_ROWS, 1)
+            threads, which.address, memoryview(self.calls).cast("B"), room, tile, 1)
         return taken
 
 

@@ -8,8 +8,7 @@
  *      FEW_FP8, ...     up to so many tokens a panel does not pay: `many` takes rows as `few` does
  *
  * After it: LINEAR_WALK(name, rows, spaced, ahead) defines the three `few` entries of one way to
- * walk, LINEAR_WALK_VARIANTS(name) lists them; LINEAR_WALK_FP4 and LINEAR_WALK_VARIANT_FP4 those
- * for FP4 alone.  LINEAR_MANY_VARIANTS lists the `many` entries.
+ * walk, LINEAR_WALK_VARIANTS(name) lists them.  LINEAR_MANY_VARIANTS lists the `many` entries.
  */
 #ifndef DSV4_LINEAR_ENTRIES_H
 #define DSV4_LINEAR_ENTRIES_H
@@ -130,25 +129,21 @@ INLINE void few_bf16(const struct dsv4_linear_args *a, const int R, const int sp
 }
 
 #define LINEAR_FEW(format, name) LINEAR_NAME(dsv4k_linear_few_##format##_, LINEAR_SET, _##name)
-#define LINEAR_WALK_FP4(name, rows, spaced, ahead)                                                 \
-    static void LINEAR_FEW(fp4, name)(const struct dsv4_linear_args *a) {                          \
-        few_fp4(a, rows, spaced, ahead);                                                           \
-    }
 #define LINEAR_WALK(name, rows, spaced, ahead)                                                     \
     static void LINEAR_FEW(fp8, name)(const struct dsv4_linear_args *a) {                          \
         few_fp8(a, rows, spaced, ahead);                                                           \
     }                                                                                              \
-    LINEAR_WALK_FP4(name, rows, spaced, ahead)                                                     \
+    static void LINEAR_FEW(fp4, name)(const struct dsv4_linear_args *a) {                          \
+        few_fp4(a, rows, spaced, ahead);                                                           \
+    }                                                                                              \
     static void LINEAR_FEW(bf16, name)(const struct dsv4_linear_args *a) {                         \
         few_bf16(a, rows, spaced, ahead);                                                          \
     }
 
 /* clang-format off */
-#define LINEAR_WALK_VARIANT_FP4(name) \
-    DSV4_VARIANT(linear_few_fp4, LINEAR_FEW(fp4, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1)
 #define LINEAR_WALK_VARIANTS(name) \
     DSV4_VARIANT(linear_few_fp8, LINEAR_FEW(fp8, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1), \
-    LINEAR_WALK_VARIANT_FP4(name), \
+    DSV4_VARIANT(linear_few_fp4, LINEAR_FEW(fp4, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1), \
     DSV4_VARIANT(linear_few_bf16, LINEAR_FEW(bf16, name), LINEAR_TEXT(LINEAR_SET) "/" #name, 1)
 
 #define LINEAR_MANY(format) LINEAR_NAME(dsv4k_linear_many_##format##_, LINEAR_SET, )

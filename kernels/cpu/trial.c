@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The experiments of trial.h.  A timed call streams 256 rows of 4096 columns for one token (few),
- * as the engine's calls do, or multiplies 96 rows of 2048 columns with 48 tokens (many); the
- * weights are flushed from the caches first, so 2 MiB are enough to see memory.  About 0.1 ms a
- * call.  Attention: 16 heads of 512 over 64 bf16 rows, from the caches.
+ * The experiments of trial.h.  A timed call streams 2 MiB of rows of 4096 columns for one token
+ * (few), about as the engine's calls do: in shorter ones what a walk needs to start would decide.
+ * Or it multiplies 96 rows of 2048 columns with 48 tokens (many).  The weights are flushed from the
+ * caches first, so 2 MiB are enough to see memory.  About 0.1 ms a call.  Attention: 16 heads of
+ * 512 over 64 bf16 rows, from the caches.
  */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "cpu/trial.h"
@@ -16,7 +17,6 @@
 #endif
 
 enum {
-    FEW_ROWS = 256,
     FEW_COLS = 4096,
     MANY_ROWS = 96,
     MANY_COLS = 2048,
@@ -27,12 +27,16 @@ enum {
     HEADS = 16,
     HEAD_DIMS = 512,
     KEYS = 64,
-    WEIGHT_BYTES = FEW_ROWS * FEW_COLS * 2,
+    WEIGHT_BYTES = 2 << 20,
+    FEW_MOST_ROWS = WEIGHT_BYTES / (FEW_COLS / 2),
     X_ELEMENTS = MANY_TOKENS * FEW_COLS,
-    OUT_FLOATS = MANY_TOKENS * FEW_ROWS,
+    OUT_FLOATS = 12 << 10,
     LINE = 64,
 };
 
+DSV4_STATIC_ASSERT(FEW_MOST_ROWS <= OUT_FLOATS && MANY_TOKENS * MANY_ROWS <= OUT_FLOATS &&
+                       EQUAL_ROWS * EQUAL_COLS <= 2 * OUT_FLOATS,
+                   "room for results, and for the weights of the equal ones");
 DSV4_STATIC_ASSERT(DSV4_ATTENTION_SCRATCH(HEADS, HEAD_DIMS) <= DSV4_LINEAR_SCRATCH(FEW_COLS),
                    "attention's scratch fits");
 
@@ -40,7 +44,7 @@ struct dsv4_trial {
     uint8_t weights[WEIGHT_BYTES];
     dsv4_bf16 x[X_ELEMENTS];
     float out[2][OUT_FLOATS];
-    uint8_t scale[FEW_ROWS * FEW_COLS / DSV4_FP4_BLOCK];
+    uint8_t scale[WEIGHT_BYTES / (DSV4_FP4_BLOCK / 2)];
     _Alignas(LINE) uint8_t scratch[DSV4_LINEAR_SCRATCH(FEW_COLS)];
 };
 
@@ -190,8 +194,8 @@ double dsv4k_trial_seconds(struct dsv4_trial *trial, const struct dsv4_variant *
         return attention_seconds(trial, variant);
     if (format < 0)
         return 0;
-    int32_t rows = many ? MANY_ROWS : format == DSV4_W_F32 ? FEW_ROWS / 2 : FEW_ROWS;
     int32_t cols = many ? MANY_COLS : FEW_COLS;
+    int32_t rows = many ? MANY_ROWS : WEIGHT_BYTES / (cols / 8 * eighths[format]);
     int scaled = format == DSV4_W_FP8 || format == DSV4_W_FP4;
     struct dsv4_weight weight = {.data = trial->weights,
                                  .scale = scaled ? trial->scale : NULL,

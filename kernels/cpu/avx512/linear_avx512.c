@@ -206,7 +206,6 @@ enum { LINE_TOKENS_FP8 = 4, LINE_TOKENS_FP4 = 4 };
 LINEAR_WALK(rows4, 4, 0, 2048)
 LINEAR_WALK(rows4_far, 4, 0, 8192)
 LINEAR_WALK(rows4_spaced, 4, 1, 2048)
-LINEAR_WALK_FP4(rows8_far, 8, 0, 16384)
 
 static void dsv4k_linear_few_f32_avx512(const struct dsv4_linear_args *a) {
     assert(a->w->format == DSV4_W_F32);
@@ -222,7 +221,6 @@ const struct dsv4_variant dsv4k_avx512_linear[] = {
     LINEAR_WALK_VARIANTS(rows4),
     LINEAR_WALK_VARIANTS(rows4_far),
     LINEAR_WALK_VARIANTS(rows4_spaced),
-    LINEAR_WALK_VARIANT_FP4(rows8_far),
     LINEAR_MANY_VARIANTS,
     DSV4_VARIANT(linear_few_f32, dsv4k_linear_few_f32_avx512, "avx512", 0),
     DSV4_VARIANT(linear_many_f32, dsv4k_linear_many_f32_avx512, "avx512", 0),

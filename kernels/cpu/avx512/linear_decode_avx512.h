@@ -11,7 +11,7 @@
 
 #include "cpu/linear_forms.h"
 
-enum { UNITS = 1, MAX_ROWS = 8, GROUP_TOKENS = 4, GROUP_ROWS = 4, BLOCK_ROWS = 2 };
+enum { UNITS = 1, MAX_ROWS = 4, GROUP_TOKENS = 4, GROUP_ROWS = 4, BLOCK_ROWS = 2 };
 enum { LINE_ROWS_FP8 = 4, LINE_ROWS_FP4 = 4 };
 enum { FEW_FP8 = 16, FEW_FP4 = 24, FEW_BF16 = 16 };
 

@@ -268,13 +268,11 @@ enum { LINE_TOKENS_FP8 = 5, LINE_TOKENS_FP4 = 6 };
 LINEAR_WALK(rows4, 4, 0, 2048)
 LINEAR_WALK(rows4_far, 4, 0, 8192)
 LINEAR_WALK(rows4_spaced, 4, 1, 2048)
-LINEAR_WALK_FP4(rows8_far, 8, 0, 16384)
 
 const struct dsv4_variant dsv4k_avx512bf16_linear[] = {
     LINEAR_WALK_VARIANTS(rows4),
     LINEAR_WALK_VARIANTS(rows4_far),
     LINEAR_WALK_VARIANTS(rows4_spaced),
-    LINEAR_WALK_VARIANT_FP4(rows8_far),
     LINEAR_MANY_VARIANTS,
     {NULL, NULL, 0, 0},
 };
