@@ -175,7 +175,10 @@ def _scaling(bench: Bench, name: str) -> Row:
 
 
 def _added(bench: Bench, name: str) -> Row:
-    """What a long context adds to a step, over what its bytes and operations cost."""
+    """What a long context adds to a step, over what its bytes and operations cost.
+
+    The details have the seconds added to each phase of the first thread.
+    """
     short, long = (_position(bench, CONTEXTS[key]) for key in ("4k", "1m"))
     work = count.attention_work(bench.config, long, 1)
     base = count.attention_work(bench.config, short, 1)
@@ -191,6 +194,10 @@ def _added(bench: Bench, name: str) -> Row:
         pairs = bench.pairs(
             name, lambda: bench.step(far, 1) - bench.step(near, 1), ideal,
             ("read", "exact", "byte"))
+        phases = [(bench.phases(far[0]), bench.phases(near[0])) for _ in range(bench.repeats)]
+    bench.note(name, **{
+        phase: median(late[phase] - early[phase] for late, early in phases)
+        for phase in phases[0][0]})
     if not all(pair.ideal for pair in pairs):
         return Row(name, median(p.seconds for p in pairs) * 1e3, "ms", None, None)
     value = median(p.seconds / p.ideal for p in pairs if p.ideal)
