@@ -91,7 +91,8 @@ DSV4_DEVICE uint32_t key_pair(const uint8_t *row, int32_t d, const struct dsv4_c
         const uint8_t *p = row + nope + 2 * (d - nope); // 2-byte aligned
         return dsv4_pair_operands(*(const dsv4_word16 *)p, *(const dsv4_word16 *)(p + 2));
     }
-    float scale = dsv4_e8m0_to_f32(row[a.d_head + a.d_rope + d / DSV4_KV_GROUP]);
+    // shortened to d_head + d_rope, the index makes nvcc 13 spill in the tensor-core values of sm_120
+    float scale = dsv4_e8m0_to_f32(row[a.d_head - a.d_rope + 2 * a.d_rope + d / DSV4_KV_GROUP]);
     return scaled_pair(*(const dsv4_word16 *)(row + d), scale); // nope is a multiple of 64
 }
 
