@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from steps import context_kept, same, same_state
+from steps import assert_same, context_kept, same, same_state
+from test_device_experts import each, follow
+from test_device_trace import EVERYTHING
 
 import dsv4
 from dsv4 import devices, loading
@@ -100,6 +102,53 @@ def test_scored_entries_on_the_second_device(
             b = other.load_session(tmp_path / name)
             assert same(a.append(IDS[255:257], logits="all"), b.append(IDS[255:257], logits="all"))
             assert same_state(a, b)
+
+
+@pytest.mark.long
+def test_experts_beside_both(
+    cpu: dsv4.Model, nano: Callable[[str], Path], live: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each device has some of the experts of its layers.  The others are the host's for few tokens,
+    and go to their device for many."""
+    before, folder = live(), nano("nano-flash")
+    sizes, one = list(dsv4.plan(folder).layers), each(folder)
+    with dsv4.load(folder, device="cuda:0,1", threads=1) as whole:
+        first, last = (stage.work_bytes for stage in whole.stages)
+    last += sum(sizes[1:]) + 50 * one
+    for more in range(38, -40, -2):  # the first device shrinks until experts are missing there
+        monkeypatch.setenv("HOST_BYTES", f"{first + sizes[0] + more * one},{1 << 30}")
+        model = dsv4.load(folder, device="cuda:0,1", threads=2, gpu_memory=last)
+        if model.stages[0].weight_bytes < sizes[0] - one:
+            break
+        model.close()
+    monkeypatch.setenv("HOST_BYTES", str(1 << 30))  # sessions
+    with model:
+        assert [stage.end for stage in model.stages] == [1, 4]
+        for stage, size, n in zip(model.stages, (sizes[0], sum(sizes[1:])), (8, 24), strict=True):
+            assert 0 < (size - stage.weight_bytes) // one < n
+        follow(cpu, model, (1, 1, 24, 1))
+    del model, whole
+    assert live() == before
+
+
+@pytest.mark.parametrize("on_device", [pytest.param(False, marks=pytest.mark.long), True])
+def test_traces_of_all_stages(
+    cpu: dsv4.Model, nano: Callable[[str], Path], on_device: bool
+) -> None:
+    """On the host, and left where each stage has its part."""
+    with dsv4.load(nano("nano-flash"), device="cuda:2,0", threads=1) as model:
+        traces = []
+        for m in (cpu, model):
+            t = dsv4.Trace(m, **EVERYTHING, logits="all", nll=True,
+                           device=on_device and m is model)
+            session = m.session()
+            for first, end in ((0, 5), (5, 6)):
+                session.append(IDS[first:end], trace=t)
+            traces.append(t)
+        assert_same(*traces)
+        if on_device:
+            assert {array.device for array in traces[1].streams.values()} == {"cuda:2", "cuda:0"}
 
 
 def test_generated_tokens(cpu: dsv4.Model, nano: Callable[[str], Path]) -> None:
