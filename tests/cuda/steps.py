@@ -21,16 +21,24 @@ def require_device() -> None:
         pytest.fail(f"no CUDA device can be used: {state}", pytrace=False)
 
 
+SOMEBODYS = 0x1234560  # a context that is current before we come: of torch, of CuPy
+
+
+def set_context(plugin: Path, context: int | None) -> None:
+    """What the thread has current, with the host's plugin."""
+    ctypes.CDLL(str(plugin)).host_set_context(ctypes.c_void_p(context))
+
+
 @contextlib.contextmanager
 def context_kept(plugin: Path) -> Iterator[None]:
-    """The thread has a context of somebody's (torch, CuPy) current, and has it still at the end."""
-    library, somebodys = ctypes.CDLL(str(plugin)), 0x1234560
-    library.host_context.restype = ctypes.c_void_p
-    library.host_set_context(ctypes.c_void_p(somebodys))
+    """The thread has somebody's context current, and has it still at the end."""
+    current = ctypes.CDLL(str(plugin)).host_context
+    current.restype = ctypes.c_void_p
+    set_context(plugin, SOMEBODYS)
     yield
-    left = library.host_context()
-    library.host_set_context(None)
-    assert left == somebodys, "the thread's current context was not restored"
+    left = current()
+    set_context(plugin, None)
+    assert left == SOMEBODYS, "the thread's current context was not restored"
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -7,10 +7,12 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from steps import SOMEBODYS, set_context
 
 from dsv4 import devices, nano
 from dsv4.bench import synthetic
@@ -40,7 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small(host_device: None, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(host_device: None, library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small enough for kernels on the CPU, and no cuBLASLt."""
     sizes = {"READ_BYTES": 1 << 16, "LAUNCHES": 2, "REPEATS": 1, "CONTEXT": 40, "PROMPT": 3}
     for name, value in sizes.items():
@@ -48,6 +50,8 @@ def small(host_device: None, library: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cuda, "find_cublaslt", lambda: "no-such-cublasLt.so")
     monkeypatch.setattr(cuda, "build_library", lambda folder, architecture: library)
     monkeypatch.setattr(synthetic, "published", lambda model: TINY)
+    yield
+    set_context(devices.PLUGIN, SOMEBODYS)  # a program of its own leaves its device current
 
 
 def test_every_row(small: None, capsys: pytest.CaptureFixture[str]) -> None:
