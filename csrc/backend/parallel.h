@@ -82,17 +82,22 @@ static inline void dsv4_share_node(const dsv4_worker *w, int64_t units, int64_t 
 }
 
 /*
- * Unequal work of the workers of one node: items lie one after another, each of `units` that cost the same.  This
- * worker's part of the total is contiguous; of the item whose units begin at `before` it gets [*u0, *u1), those that
- * begin inside its part.
+ * Unequal work of the workers of one node: items lie one after another, each of `units` that cost the same.  Of the item
+ * whose units begin at `before`, [*u0, *u1) are those that begin in the part [from, to) of the line.
  */
+static inline void dsv4_units_in(int64_t from, int64_t to, int64_t before, int64_t cost, int64_t units, int64_t *u0,
+                                 int64_t *u1) {
+    int64_t first = from <= before ? 0 : (from - before + cost - 1) / cost;
+    int64_t last = to <= before ? 0 : (to - before + cost - 1) / cost;
+    *u0 = first < units ? first : units;
+    *u1 = last < units ? last : units;
+}
+
+/* The same of this worker's even part of the total, which is contiguous. */
 static inline void dsv4_share_cost(const dsv4_worker *w, int64_t total, int64_t before, int64_t cost, int64_t units,
                                    int64_t *u0, int64_t *u1) {
     int64_t id = w->id - w->node_first, lo = total * id / w->node_n, hi = total * (id + 1) / w->node_n;
-    int64_t first = lo <= before ? 0 : (lo - before + cost - 1) / cost;
-    int64_t last = hi <= before ? 0 : (hi - before + cost - 1) / cost;
-    *u0 = first < units ? first : units;
-    *u1 = last < units ? last : units;
+    dsv4_units_in(lo, hi, before, cost, units, u0, u1);
 }
 
 /*

@@ -135,12 +135,11 @@ static int64_t item_cost(const struct line *line, const struct dsv4_pass *p, con
 static void run_part(struct line *line, dsv4_worker *w, struct dsv4_pass *p, const struct dsv4_layer *l, int64_t from,
                      int64_t to) {
     const struct dsv4_prepared *b = dsv4_prepared(w, p);
-    int64_t units = line->hi - line->lo;
+    int64_t units = line->hi - line->lo, u0, u1;
     for (;; line->at++) {
-        int64_t all = item_cost(line, p, b, l, line->at), end = line->before + all, cost = all / units;
-        if (all && from < end) {
-            int64_t u0 = from <= line->before ? 0 : (from - line->before + cost - 1) / cost;
-            int64_t u1 = to >= end ? units : (to - line->before + cost - 1) / cost;
+        int64_t all = item_cost(line, p, b, l, line->at), end = line->before + all;
+        if (all) {
+            dsv4_units_in(from, to, line->before, all / units, units, &u0, &u1);
             if (u0 < u1)
                 line->run(w, p, l, expert_of(p, line->at), line->lo + u0, line->lo + u1);
         }
